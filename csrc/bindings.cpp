@@ -1,0 +1,78 @@
+// Every function that Python can call: addresses and sizes in, nothing of torch. lora_ops/ops.py has checked the arguments.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+using namespace lora_ops;
+
+namespace {
+
+// (address, row stride, column stride, dtype), or None for a matrix that is absent
+Matrix matrix(const py::object& o) {
+  if (o.is_none()) return {};
+  const auto t = o.cast<py::tuple>();
+  return {reinterpret_cast<void*>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
+          static_cast<DType>(t[3].cast<int>())};
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Dropout dropout(uint64_t seed, uint32_t threshold, float keep_scale) { return {seed, threshold, keep_scale}; }
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of lora_ops. Not a public interface.";
+
+  m.def(
+      "lora_forward",
+      [](int64_t M, int64_t K, int64_t N, int64_t r, py::object x, py::object weight, uintptr_t panels, py::object lora_A,
+         py::object lora_B, py::object bias, float scaling, uint64_t seed, uint32_t threshold, float keep_scale, py::object y,
+         uintptr_t S, int threads) {
+        const LoraForward p{M, K, N, r, matrix(x), matrix(weight), pointer<const float>(panels), matrix(lora_A), matrix(lora_B),
+                            matrix(bias), scaling, dropout(seed, threshold, keep_scale), matrix(y), pointer<float>(S), threads};
+        py::gil_scoped_release release;
+        lora_forward(p);
+      });
+
+  m.def(
+      "lora_backward",
+      [](int64_t M, int64_t K, int64_t N, int64_t r, py::object dy, py::object x, py::object weight, py::object lora_A,
+         py::object lora_B, uintptr_t S, float scaling, uint64_t seed, uint32_t threshold, float keep_scale, py::object dx,
+         py::object dA, py::object dB, py::object dbias, int threads) {
+        const LoraBackward p{M, K, N, r, matrix(dy), matrix(x), matrix(weight), matrix(lora_A), matrix(lora_B),
+                             pointer<const float>(S), scaling, dropout(seed, threshold, keep_scale), matrix(dx), matrix(dA),
+                             matrix(dB), matrix(dbias), threads};
+        py::gil_scoped_release release;
+        lora_backward(p);
+      });
+
+  m.def("packed_size", [](int64_t N, int64_t K, int x, int weight) {
+    return packed_size(kernels(), N, K, static_cast<DType>(x), static_cast<DType>(weight));
+  });
+  m.def("pack_weight", [](int64_t N, int64_t K, py::object weight, int x, uintptr_t panels, int threads) {
+    const Matrix w = matrix(weight);
+    py::gil_scoped_release release;
+    pack_weight(w, N, K, static_cast<DType>(x), pointer<float>(panels), threads);
+  });
+  m.def("dropout_mask", [](int64_t rows, int64_t cols, uint64_t seed, uint32_t threshold, uintptr_t words) {
+    dropout_mask(dropout(seed, threshold, 1.f), rows, cols, pointer<uint32_t>(words));
+  });
+
+  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("built_isas", &built_isas);
+  m.def("supported_isas", &supported_isas);
+  m.def("cpu_has_amx", &cpu_has_amx);
+  m.attr("compiler") = std::string(
+#if defined(__clang__)
+      "clang "
+#elif defined(__GNUC__)
+      "gcc "
+#endif
+      __VERSION__);
+}

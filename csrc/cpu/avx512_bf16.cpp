@@ -1,0 +1,63 @@
+// AVX-512 with vdpbf16ps: the same tiles, two neighbouring k per step where both operands are bf16.
+//
+// A dword of a packed operand holds elements k and k + 1; an odd last k is paired with zero. Dispatch prefers this table
+// only where the instruction outruns two fp32 multiply-adds (AMD Zen 4 and later; not Intel's server cores).
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "../philox.h"
+#include "kernels.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c,bmi2")
+
+namespace lora_ops {
+namespace avx512_bf16 {
+#include "avx512.h"
+#include "micro.h"
+
+struct Bf16Pairs {
+  static __m512 multiply_add(__m512 a, __m512 b, __m512 c) {
+    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+};
+
+void pack_pairs_transposed(const Matrix& src, int rows, int64_t k, Mask, float* out, int64_t out_stride) {
+  const int64_t pairs = k / 2;
+  const Matrix dwords{src.data, src.row_stride, 1, DType::bf16};
+  __m512 v[16];
+  for (int64_t p0 = 0; p0 < (k + 1) / 2; p0 += 16) {
+    const int64_t count = k - 2 * p0 < 32 ? k - 2 * p0 : 32;  // elements
+    for (int i = 0; i < 16; ++i) {
+      const char* at = i < rows ? dwords.at(i, 2 * p0) : nullptr;
+      const __mmask32 have = at ? static_cast<__mmask32>(count == 32 ? ~0u : (1u << count) - 1) : 0;
+      v[i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(have, at));
+    }
+    V::transpose(v);
+    for (int64_t j = 0; j < 16 && p0 + j < pairs + k % 2; ++j) V::store(out + (p0 + j) * out_stride, v[j]);
+  }
+}
+
+void pack_pairs_straight(const Matrix& src, int cols, int64_t k, Mask, float* out, int64_t out_stride) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+                                       35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const __mmask32 have = static_cast<__mmask32>(cols >= 32 ? ~0u : (1u << cols) - 1);
+  for (int64_t s = 0; s < k; s += 2, out += out_stride) {
+    const __m512i a = _mm512_maskz_loadu_epi16(have, src.at(s, 0));
+    const __m512i b = s + 1 < k ? _mm512_maskz_loadu_epi16(have, src.at(s + 1, 0)) : _mm512_setzero_si512();
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, low, b));
+    if (out_stride > 16) _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi16(a, high, b));
+  }
+}
+
+}  // namespace avx512_bf16
+
+const Kernels kAvx512Bf16 = avx512_bf16::table(
+    "avx512_bf16",
+    {2, avx512_bf16::pack_pairs_transposed, avx512_bf16::pack_pairs_straight, avx512_bf16::tile<avx512_bf16::Bf16Pairs>});
+
+}  // namespace lora_ops
+
+#pragma GCC pop_options

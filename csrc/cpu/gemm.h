@@ -1,0 +1,140 @@
+// Blocking and threading of a product with a low-rank tail, written once for every ISA and for both directions:
+//
+//     out (M, C) = left (M, R) · right (R, C)  +  tail_left (M, r) · tail_right (r, C)  + bias
+//
+// The rows of a block of M are packed once into tiles (kernels.h) and stay in L2/L3. Then, group by group of columns, the
+// right operand is packed into panels that fit half of L2, and every tile of the block runs over the group: a weight is
+// read from memory once per block of M and every packed panel is used by all its rows.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "../philox.h"
+#include "kernels.h"
+#include "workspace.h"
+
+namespace lora_ops {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// `total` cut into the fewest parts of at most `most`, their sizes differing by at most one.
+struct Parts {
+  int64_t total, count;
+  Parts(int64_t total_, int64_t most) : total(total_), count(std::max<int64_t>(1, ceil_div(total_, most))) {}
+  int64_t start(int64_t i) const { return i * (total / count) + std::min(i, total % count); }
+  int64_t size(int64_t i) const { return total / count + (i < total % count ? 1 : 0); }
+};
+
+// body(thread) on every thread of a team. `sync` below separates its phases.
+template <class F>
+void parallel(int threads, const F& body) {
+#pragma omp parallel num_threads(threads)
+  body(omp_get_thread_num());
+}
+inline void sync() {
+#pragma omp barrier
+}
+
+// Work handed out in order, one index at a time.
+class Tasks {
+ public:
+  explicit Tasks(int64_t count) : count_(count) {}
+  template <class F>
+  void run(const F& task) {
+    for (int64_t i = next_++; i < count_; i = next_++) task(i);
+  }
+
+ private:
+  const int64_t count_;
+  std::atomic<int64_t> next_{0};
+};
+
+// Sizes of the packed forms of a reduction of length R.
+struct Steps {
+  int64_t count;
+  Steps(const Arithmetic& arithmetic, int64_t R) : count(ceil_div(R, arithmetic.k_per_step)) {}
+  int64_t tile(const Kernels& k) const { return count * k.lanes; }      // floats of a packed left tile
+  int64_t panel(const Kernels& k) const { return count * k.panel(); }  // floats of a packed panel
+};
+
+inline int64_t mask_words(int64_t cols) { return ceil_div(cols, kDropoutGroup) * kDropoutWords; }
+
+const Arithmetic& arithmetic_of(const Kernels& k, DType left, DType right);
+
+// Most rows of a block of M, so that its packed tiles stay within kLeftBytes.
+int64_t block_rows(const Kernels& k, const Steps& steps);
+
+// Threads worth waking for this many multiply-adds.
+int useful_threads(int threads, int64_t multiply_adds);
+
+// Packs columns [j, j + width) of right (R, C), rows [k0, k0 + count), one panel of `width` columns (a multiple of lanes).
+void pack_panel(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t C, int64_t j, int64_t k0, int64_t count,
+                Mask mask, float* out, int width);
+
+// Packs rows [i, i + rows) of left (M, R).
+void pack_left(const Arithmetic& arithmetic, const Matrix& left, int64_t i, int rows, int64_t R, Mask mask, float* out, int lanes);
+
+inline Matrix transposed(const Matrix& m) { return {m.data, m.col_stride, m.row_stride, m.dtype}; }
+inline Matrix from(const Matrix& m, int64_t row, int64_t col) { return {m.at(row, col), m.row_stride, m.col_stride, m.dtype}; }
+
+// A factor of rank r packed for both of its uses as a right operand: reduced over its long side ("down", to r columns) or
+// over r ("up", the tail of a product).
+struct DownPanels {  // right (R, r)
+  const Kernels& k;
+  int64_t R, r;
+  float* data;
+  DownPanels(const Kernels& k_, int64_t R_, int64_t r_, Workspace& w) : k(k_), R(R_), r(r_), data(w.floats(R * padded())) {}
+  int64_t padded() const { return ceil_div(r, k.lanes) * k.lanes; }
+  int64_t count() const { return ceil_div(r, k.panel()); }
+  int vectors(int64_t p) const { return r - p * k.panel() > k.lanes ? 2 : 1; }
+  float* panel(int64_t p) const { return data + p * R * k.panel(); }
+  int64_t tasks() const { return ceil_div(R, kChunk); }
+  void pack(const Matrix& right, int64_t task) const;
+
+  static constexpr int64_t kChunk = 512;
+};
+struct UpPanels {  // right (r, C)
+  const Kernels& k;
+  int64_t r, C;
+  float* data;
+  UpPanels(const Kernels& k_, int64_t r_, int64_t C_, Workspace& w) : k(k_), r(r_), C(C_), data(w.floats(r * ceil_div(C, k_.panel()) * k_.panel())) {}
+  float* panel(int64_t p) const { return data + p * r * k.panel(); }
+  int64_t tasks() const { return ceil_div(C, kChunk * k.panel()); }
+  void pack(const Matrix& right, int64_t task) const;
+
+  static constexpr int64_t kChunk = 8;
+};
+
+// One block of rows of the product. `run(task, thread)` computes a group of columns for a range of the block's tiles.
+struct Product {
+  const Kernels& k;
+  const Arithmetic& arithmetic;
+  Parts tiles;  // of the block's rows
+  int64_t R, C;
+  const float* left = nullptr;       // packed tiles; null: `out` already holds left · right
+  Matrix right = {};                 // (R, C)
+  const float* panels = nullptr;     // right packed beforehand, or null
+  const float* tail_left = nullptr;  // [tile][r][lanes]
+  const UpPanels* tail = nullptr;
+  Mask tail_mask = {};               // applied to the tail alone
+  Matrix bias = {};
+  Matrix out = {};                   // from the block's first row
+
+  // How `plan` splits it into tasks; `scratch` holds threads * scratch_size floats.
+  int64_t group = 1, groups = 0, row_parts = 1, k_block = 0, scratch_size = 0;
+  float* scratch = nullptr;
+
+  void plan(int threads);
+  int64_t tasks() const { return groups * row_parts; }
+  void run(int64_t task, int thread) const;
+
+ private:
+  int64_t result_size() const { return k.rows * k.panel(); }
+  void finish(int64_t tile, int64_t panel, float* c) const;
+  void start(int64_t tile, int64_t panel, float* c) const;
+};
+
+}  // namespace lora_ops

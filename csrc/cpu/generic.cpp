@@ -1,0 +1,101 @@
+// Any CPU: four lanes through the compiler's vector extension, 4 x 8 tiles. The file to copy for a new ISA.
+#include <cstring>
+
+#include "../philox.h"
+#include "kernels.h"
+
+namespace lora_ops {
+namespace generic {
+
+struct V {
+  using T = float __attribute__((vector_size(16)));
+  using Bits = uint32_t __attribute__((vector_size(16)));
+  using U = uint32_t;
+  static constexpr int kLanes = 4;
+  static constexpr int kRows = 4;
+  static constexpr int kCounters = 1;
+
+  static T zero() { return T{}; }
+  static T load(const float* p) {
+    T v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void store(float* p, T v) { std::memcpy(p, &v, sizeof v); }
+  static T broadcast(const float* p) { return T{*p, *p, *p, *p}; }
+  static T add(T a, T b) { return a + b; }
+  static T fma(T a, T b, T c) { return a * b + c; }
+  static float sum(T v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+  static T keep(T v, uint32_t bits) {
+    const Bits lane = {1, 2, 4, 8};
+    return reinterpret_cast<T>(reinterpret_cast<Bits>(v) & reinterpret_cast<Bits>((bits & lane) == lane));
+  }
+
+  static float from_bits(uint32_t bits) {
+    float v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+  }
+  static uint32_t to_bits(float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    return bits;
+  }
+  static float from_f16(uint16_t h) {
+    const uint32_t sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
+    if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | rest << 13);       // infinity, NaN
+    return from_bits(sign | to_bits(from_bits(rest << 13) * from_bits(0x77800000u)));  // times 2^112 shifts the exponent's bias
+  }
+  static uint16_t to_f16(float v) {
+    const uint32_t bits = to_bits(v), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
+    if (rest > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+    if (rest >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);        // rounds beyond 65504
+    if (rest < 0x38800000u) {                                                     // below 2^-14: fp32's adder rounds
+      return static_cast<uint16_t>(sign | (to_bits(from_bits(rest) + 0.5f) - to_bits(0.5f)));
+    }
+    return static_cast<uint16_t>(sign | ((rest - 0x38000000u + 0xfffu + (rest >> 13 & 1u)) >> 13));
+  }
+  static uint16_t to_bf16(float v) {
+    const uint32_t bits = to_bits(v);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+  }
+
+  static T load_bf16(const uint16_t* p) {
+    return reinterpret_cast<T>(Bits{p[0], p[1], p[2], p[3]} << 16);
+  }
+  static T load_f16(const uint16_t* p) { return T{from_f16(p[0]), from_f16(p[1]), from_f16(p[2]), from_f16(p[3])}; }
+  static void load_pair(const uint16_t* p, T& even, T& odd) {
+    even = reinterpret_cast<T>(Bits{p[0], p[2], p[4], p[6]} << 16);
+    odd = reinterpret_cast<T>(Bits{p[1], p[3], p[5], p[7]} << 16);
+  }
+  static void store_bf16(uint16_t* p, T v) {
+    for (int i = 0; i < kLanes; ++i) p[i] = to_bf16(v[i]);
+  }
+  static void store_f16(uint16_t* p, T v) {
+    for (int i = 0; i < kLanes; ++i) p[i] = to_f16(v[i]);
+  }
+  static void transpose(T r[4]) {
+    const T a = r[0], b = r[1], c = r[2], d = r[3];
+    for (int i = 0; i < kLanes; ++i) r[i] = T{a[i], b[i], c[i], d[i]};
+  }
+
+  static U set(uint32_t v) { return v; }
+  static U iota(uint32_t first) { return first; }
+  static U exclusive_or(U a, U b, U c) { return a ^ b ^ c; }
+  static void multiply(U a, uint32_t m, U& hi, U& lo) {
+    const uint64_t product = static_cast<uint64_t>(a) * m;
+    hi = static_cast<uint32_t>(product >> 32);
+    lo = static_cast<uint32_t>(product);
+  }
+  static uint32_t at_least(U v, uint32_t threshold) {
+    return ((v & 0xffffu) >= threshold ? 1u : 0u) | ((v >> 16) >= threshold ? 2u : 0u);
+  }
+};
+
+#include "micro.h"
+}  // namespace generic
+
+const Kernels kGeneric = generic::table("generic", Arithmetic{});
+
+}  // namespace lora_ops

@@ -1,0 +1,76 @@
+// The table of micro-kernels that every ISA file fills: all that the blocking (gemm.h, lora_forward.cpp,
+// lora_backward.cpp) knows of an instruction set.
+//
+// A product C (M, N) = L (M, K) · R (K, N) is computed in tiles of at most `rows` x 2·`lanes`. Both operands are packed:
+//
+//     left   [step][lanes]       one tile's rows, reduction index outermost, rows padded to a vector
+//     panel  [step][2 * lanes]   2·lanes neighbouring columns of R ([step][lanes] where R has no more)
+//     c      [row][2 * lanes]    the tile's fp32 result
+//
+// so that a step is two vector loads, `rows` broadcasts and 2·`rows` fused multiply-adds. A step is one k in fp32
+// arithmetic and two neighbouring k (one dword of bf16) in bf16 arithmetic. Accumulators are fp32 either way.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+
+namespace lora_ops {
+
+constexpr int kMaxLanes = 16;
+constexpr int kMaxTile = 16 * 2 * kMaxLanes;  // floats of the largest tile
+constexpr int kDotRows = 8;                   // most left rows of one `dot`
+
+// Dropout's mask beside a matrix: bit c % 32 of word c / 32 of a row says that column c is kept (philox.h). The matrix's
+// column j is the mask's column `first` + j. `words` null: everything is kept.
+struct Mask {
+  const uint32_t* words = nullptr;
+  int64_t row_stride = 0;
+  int64_t first = 0;
+
+  uint32_t bits(int64_t row, int64_t col) const {  // column `col` and its right neighbours, up to the word's end
+    const uint32_t* word = words + row * row_stride + (first + col) / 32;
+    return *word >> ((first + col) % 32);
+  }
+};
+
+// How one element type of L and R is packed and multiplied: fp32 arithmetic on widened elements, or bf16 pairs.
+struct Arithmetic {
+  int k_per_step;
+  // out[step * out_stride + i] = src[i][step]: `rows` <= lanes rows, contiguous along the reduction; rows above are zero
+  void (*pack_transposed)(const Matrix& src, int rows, int64_t k, Mask mask, float* out, int64_t out_stride);
+  // out[step * out_stride + j] = src[step][j]: `cols` <= out_stride columns, contiguous; columns above are zero
+  void (*pack_straight)(const Matrix& src, int cols, int64_t k, Mask mask, float* out, int64_t out_stride);
+  // c[i][j] (+)= Σ_step left[step][i] · panel[step][j], the panel being one or two `vectors` wide
+  void (*tile)(int rows, int vectors, const float* left, const float* panel, int64_t steps, float* c, bool accumulate);
+};
+
+struct Kernels {
+  const char* name;
+  int rows;   // most rows of a tile
+  int lanes;  // fp32 lanes of a vector
+  Arithmetic f32;
+  Arithmetic bf16;  // tile null: this ISA has no bf16 product, f32 serves
+  // c[i][j] += Σ_k left[i][k] · right[j][k] for `rows` <= kDotRows and `cols` <= 2·lanes, straight from the right operand's
+  // rows. `left` is fp32 in the order that `dot_order` gives for right's element type, zero-padded to 2·lanes.
+  void (*dot)(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c);
+  void (*dot_order)(const Matrix& src, int64_t k, Mask mask, DType right, float* out);
+  // y[i][j] = c[i][j] + bias[j], rounded once to y's type
+  void (*store_tile)(const float* c, int rows, int cols, const Matrix& bias, const Matrix& y);
+  // c[i][j] (+)= y[i][j]
+  void (*load_tile)(const Matrix& y, int rows, int cols, float* c);
+  // c[i][j] = 0 where element (i, j) is dropped
+  void (*mask_tile)(float* c, int rows, Mask mask);
+  void (*dropout_mask)(const Dropout& dropout, int64_t row, int64_t cols, uint32_t* words);
+
+  int panel() const { return 2 * lanes; }
+};
+
+extern const Kernels kGeneric;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
+#endif
+
+}  // namespace lora_ops

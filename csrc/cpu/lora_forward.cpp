@@ -1,0 +1,192 @@
+// S = drop(x) Aᵀ ;  y = x W0ᵀ + scaling · S Bᵀ + bias
+//
+// For each block of rows: every row tile of x is packed once, multiplied by A while it is hot (S, and scaling · S as the
+// left operand of the tail), and then the product of gemm.h runs with S Bᵀ as r more steps in the same accumulators: y is
+// rounded and stored once. With dropout, S is taken from a masked copy of the tile; the mask lives as long as the tile does.
+//
+// With few rows a packed weight would be used too rarely to pay for its packing: its rows are read where they lie.
+#include "dispatch.h"
+#include "gemm.h"
+
+namespace lora_ops {
+namespace {
+
+constexpr int64_t kFewRows = 40;         // up to here rows of W0 are dot products (crossover measured: 32 to 64)
+constexpr int64_t kFewRowsPacked = 12;   // the same when panels are kept
+constexpr int64_t kDotBlock = 1024;      // reduction block: kDotRows rows of x stay in L1
+
+bool few_rows(const LoraForward& p) {
+  return p.weight.data && p.weight.col_stride == 1 && p.M <= (p.panels ? kFewRowsPacked : kFewRows);
+}
+
+// S of a tile's rows from its packed fp32 elements: stored as it is, and times `scaling` as the tail's left operand.
+void down(const Kernels& k, const DownPanels& a, const float* tile, int rows, float keep_scale, float scaling, float* S, float* tail_left) {
+  alignas(64) float c[kMaxTile];
+  for (int64_t p = 0; p < a.count(); ++p) {
+    k.f32.tile(rows, a.vectors(p), tile, a.panel(p), a.R, c, false);
+    for (int64_t j = p * k.panel(); j < std::min(a.r, (p + 1) * k.panel()); ++j)
+      for (int i = 0; i < k.lanes; ++i) {
+        const float s = i < rows ? c[i * k.panel() + j % k.panel()] * keep_scale : 0.f;
+        if (i < rows) S[i * a.r + j] = s;
+        tail_left[j * k.lanes + i] = scaling * s;
+      }
+  }
+}
+
+void forward_blocks(const LoraForward& p, const Kernels& k) {
+  const Arithmetic& arithmetic = p.weight.data ? arithmetic_of(k, p.x.dtype, p.weight.dtype) : k.f32;
+  const Steps steps(arithmetic, p.K);
+  const Parts blocks(p.M, block_rows(k, steps));
+  const int threads = useful_threads(p.threads, p.M * p.K * (p.weight.data ? p.N : p.r));
+  const int64_t words = mask_words(p.K);
+  const bool own_tile = p.dropout.threshold || arithmetic.k_per_step > 1;  // S needs another tile than the product
+  const int64_t own_size = own_tile ? p.K * k.lanes + words * k.rows : 0;
+
+  Workspace workspace;
+  const DownPanels a(k, p.K, p.r, workspace);
+  const UpPanels b(k, p.r, p.N, workspace);
+  const int64_t most_tiles = Parts(blocks.size(0), k.rows).count;
+  float* left = workspace.floats(most_tiles * steps.tile(k));
+  float* tail_left = workspace.floats(most_tiles * p.r * k.lanes);
+  float* own = workspace.floats(own_size * threads);
+  float* scratch = nullptr;  // of the first block: no later one is larger
+
+  Tasks adapters(a.tasks() + b.tasks());
+  for (int64_t m = 0; m < blocks.count; ++m) {
+    Product product{k, arithmetic, Parts(blocks.size(m), k.rows), p.K, p.N};
+    product.left = p.weight.data ? left : nullptr;
+    product.right = transposed(p.weight);
+    product.panels = p.panels;
+    product.tail_left = tail_left;
+    product.tail = &b;
+    product.bias = p.bias;
+    product.out = from(p.y, blocks.start(m), 0);
+    product.plan(threads);
+    product.scratch = scratch = m == 0 ? workspace.floats(product.scratch_size * threads) : scratch;
+
+    const auto pack_and_down = [&](int64_t t, int thread) {
+      const int rows = static_cast<int>(product.tiles.size(t));
+      const int64_t row = blocks.start(m) + product.tiles.start(t);
+      float* tile = left + t * steps.tile(k);
+      if (product.left || !own_tile) pack_left(arithmetic, p.x, row, rows, p.K, Mask{}, tile, k.lanes);
+      if (own_tile) {
+        tile = own + thread * own_size;
+        Mask mask;
+        if (p.dropout.threshold) {
+          uint32_t* bits = reinterpret_cast<uint32_t*>(tile + p.K * k.lanes);
+          for (int i = 0; i < rows; ++i) k.dropout_mask(p.dropout, row + i, p.K, bits + i * words);
+          mask = Mask{bits, words};
+        }
+        pack_left(k.f32, p.x, row, rows, p.K, mask, tile, k.lanes);
+      }
+      down(k, a, tile, rows, p.dropout.keep_scale, p.scaling, p.S + row * p.r, tail_left + t * p.r * k.lanes);
+    };
+
+    Tasks tiles(product.tiles.count), groups(product.tasks());
+    parallel(threads, [&](int thread) {
+      adapters.run([&](int64_t t) {
+        t < a.tasks() ? a.pack(transposed(p.lora_A), t) : b.pack(transposed(p.lora_B), t - a.tasks());
+      });
+      sync();
+      tiles.run([&](int64_t t) { pack_and_down(t, thread); });
+      sync();
+      groups.run([&](int64_t t) { product.run(t, thread); });
+    });
+  }
+}
+
+void forward_few_rows(const LoraForward& p, const Kernels& k) {
+  const int threads = useful_threads(p.threads, p.M * p.K * p.N);
+  const int64_t stride = ceil_div(p.K, k.panel()) * k.panel();
+  const bool same = !p.dropout.threshold && (p.lora_A.dtype == DType::bf16) == (p.weight.dtype == DType::bf16);
+  const int64_t words = p.dropout.threshold ? mask_words(p.K) : 0;
+  const Parts tiles(p.M, kDotRows);
+
+  Workspace workspace;
+  const UpPanels b(k, p.r, p.N, workspace);
+  float* left = workspace.floats(p.M * stride);
+  float* dropped = same ? left : workspace.floats(p.M * stride);
+  uint32_t* bits = workspace.words(p.M * words);
+  float* tail_left = workspace.floats(tiles.count * p.r * k.lanes);
+  const int64_t panels = ceil_div(p.N, k.panel()), r_panels = ceil_div(p.r, k.panel());
+  // One row streams through whole rows of W0; more are cut so that their block of x stays in L1.
+  const int64_t k_block = p.M <= 2 ? stride : kDotBlock;
+
+  const auto order = [&](int64_t i) {
+    Mask mask;
+    const Matrix row = from(p.x, i, 0);
+    k.dot_order(row, p.K, mask, p.weight.dtype, left + i * stride);
+    if (same) return;
+    if (words) {
+      k.dropout_mask(p.dropout, i, p.K, bits + i * words);
+      mask = Mask{bits + i * words, words};
+    }
+    k.dot_order(row, p.K, mask, p.lora_A.dtype, dropped + i * stride);
+  };
+  const auto down = [&](int64_t task) {
+    const int64_t t = task / r_panels, j0 = task % r_panels * k.panel(), row = tiles.start(t);
+    const int rows = static_cast<int>(tiles.size(t)), cols = static_cast<int>(std::min<int64_t>(p.r - j0, k.panel()));
+    alignas(64) float c[kMaxTile] = {};
+    k.dot(rows, dropped + row * stride, stride, from(p.lora_A, j0, 0), cols, p.K, c);
+    float* tail = tail_left + t * p.r * k.lanes;
+    for (int j = 0; j < cols; ++j)
+      for (int i = 0; i < k.lanes; ++i) {
+        const float s = i < rows ? c[i * k.panel() + j] * p.dropout.keep_scale : 0.f;
+        if (i < rows) p.S[(row + i) * p.r + j0 + j] = s;
+        tail[(j0 + j) * k.lanes + i] = p.scaling * s;
+      }
+  };
+  const auto product = [&](int64_t panel) {
+    const int64_t col = panel * k.panel();
+    const int cols = static_cast<int>(std::min<int64_t>(p.N - col, k.panel()));
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const int rows = static_cast<int>(tiles.size(t));
+      alignas(64) float c[kMaxTile];
+      k.f32.tile(rows, 2, tail_left + t * p.r * k.lanes, b.panel(panel), p.r, c, false);
+      for (int64_t k0 = 0; k0 < p.K; k0 += k_block) {
+        k.dot(rows, left + tiles.start(t) * stride + k0, stride, from(p.weight, col, k0), cols, std::min(k_block, p.K - k0), c);
+      }
+      k.store_tile(c, rows, cols, p.bias.data ? from(p.bias, 0, col) : Matrix{}, from(p.y, tiles.start(t), col));
+    }
+  };
+
+  Tasks prepare(p.M + b.tasks()), downs(tiles.count * r_panels), products(panels);
+  parallel(threads, [&](int) {
+    prepare.run([&](int64_t t) { t < p.M ? order(t) : b.pack(transposed(p.lora_B), t - p.M); });
+    sync();
+    downs.run(down);
+    sync();
+    products.run(product);
+  });
+}
+
+}  // namespace
+
+void lora_forward(const LoraForward& p) {
+  if (p.M == 0 || p.N == 0) return;
+  const Kernels& k = kernels();
+  few_rows(p) ? forward_few_rows(p, k) : forward_blocks(p, k);
+}
+
+int64_t packed_size(const Kernels& k, int64_t N, int64_t K, DType x, DType weight) {
+  return ceil_div(N, k.panel()) * Steps(arithmetic_of(k, x, weight), K).panel(k);
+}
+
+void pack_weight(const Matrix& weight, int64_t N, int64_t K, DType x, float* panels, int threads) {
+  const Kernels& k = kernels();
+  const Arithmetic& arithmetic = arithmetic_of(k, x, weight.dtype);
+  const int64_t size = Steps(arithmetic, K).panel(k);
+  Tasks tasks(ceil_div(N, k.panel()));
+  parallel(threads, [&](int) {
+    tasks.run([&](int64_t p) {
+      pack_panel(k, arithmetic, transposed(weight), N, p * k.panel(), 0, K, Mask{}, panels + p * size, k.panel());
+    });
+  });
+}
+
+void dropout_mask(const Dropout& dropout, int64_t rows, int64_t cols, uint32_t* words) {
+  const Kernels& k = kernels();
+  for (int64_t i = 0; i < rows; ++i) k.dropout_mask(dropout, i, cols, words + i * mask_words(cols));
+}
+
+}  // namespace lora_ops

@@ -1,0 +1,301 @@
+// The micro-kernels, written once over a vector type. Each ISA file includes this inside its `#pragma GCC target` region
+// and its own namespace (no include guard: that is the point), after defining
+//
+//     struct V { T, kLanes, kRows; zero load store broadcast add mul fma; load_bf16 load_f16 load_pair;
+//                store_bf16 store_f16; keep; transpose; sum; U, and the dropout generator's integer steps }
+//
+// Tile budget: kRows x 2 accumulators + 2 panel vectors + 1 broadcast fill the register file (14 x 2 + 3 = 31 of 32 with
+// AVX-512, 6 x 2 + 3 = 15 of 16 with AVX2). Two panel vectors and kRows broadcasts per 2·kRows multiply-adds keep the load
+// ports below the arithmetic ports, and the panel, which streams from L2, moves 2 vectors per kRows cycles.
+
+constexpr int kLanes = V::kLanes;
+constexpr int kPanel = 2 * kLanes;
+constexpr int kFlush = 256;  // steps between two flushes of the accumulators: error grows with sqrt(kFlush), not sqrt(K)
+constexpr int kAhead = 32;   // steps that the panel and the left operand are prefetched ahead
+static_assert(V::kRows <= kLanes, "a left operand's rows fit one vector");
+
+struct F32 {
+  static typename V::T multiply_add(typename V::T a, typename V::T b, typename V::T c) { return V::fma(a, b, c); }
+};
+
+template <class Op, int kTileRows, int kVectors>
+void tile_of(const float* left, const float* panel, int64_t steps, float* c, bool accumulate) {
+  using T = typename V::T;
+  constexpr int kWidth = kVectors * kLanes;
+  do {
+    const int64_t block = steps < kFlush ? steps : kFlush;
+    T acc[kTileRows][kVectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) acc[i][v] = V::zero();
+    for (int64_t s = 0; s < block; ++s) {
+      T b[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        b[v] = V::load(panel + v * kLanes);
+        __builtin_prefetch(panel + kAhead * kWidth + v * kLanes);
+      }
+      __builtin_prefetch(left + kAhead * kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kTileRows; ++i) {
+        const T a = V::broadcast(left + i);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) acc[i][v] = Op::multiply_add(a, b[v], acc[i][v]);
+      }
+      panel += kWidth;
+      left += kLanes;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        float* to = c + i * kPanel + v * kLanes;
+        V::store(to, accumulate ? V::add(acc[i][v], V::load(to)) : acc[i][v]);
+      }
+    accumulate = true;
+    steps -= block;
+  } while (steps > 0);
+}
+
+template <class Op, int kTileRows = V::kRows>
+void tile(int rows, int vectors, const float* left, const float* panel, int64_t steps, float* c, bool accumulate) {
+  if constexpr (kTileRows > 0) {
+    if (rows != kTileRows) return tile<Op, kTileRows - 1>(rows, vectors, left, panel, steps, c, accumulate);
+    if (vectors == 1) return tile_of<Op, kTileRows, 1>(left, panel, steps, c, accumulate);
+    tile_of<Op, kTileRows, 2>(left, panel, steps, c, accumulate);
+  }
+}
+
+template <DType kType>
+typename V::T load_as(const void* row, int64_t i) {
+  if constexpr (kType == DType::f32) return V::load(static_cast<const float*>(row) + i);
+  if constexpr (kType == DType::bf16) return V::load_bf16(static_cast<const uint16_t*>(row) + i);
+  if constexpr (kType == DType::f16) return V::load_f16(static_cast<const uint16_t*>(row) + i);
+}
+
+// `count` < kLanes elements, the rest zero: nothing behind the row is read.
+template <DType kType>
+typename V::T load_part(const void* row, int64_t i, int64_t count) {
+  alignas(64) char part[kLanes * 4] = {};
+  std::memcpy(part, static_cast<const char*>(row) + i * size_of(kType), count * size_of(kType));
+  return load_as<kType>(part, 0);
+}
+
+template <DType kType>
+void pack_transposed_as(const Matrix& src, int rows, int64_t k, Mask mask, float* out, int64_t out_stride) {
+  typename V::T v[kLanes];
+  for (int64_t k0 = 0; k0 < k; k0 += kLanes) {
+    const int64_t count = k - k0 < kLanes ? k - k0 : kLanes;
+    for (int i = 0; i < kLanes; ++i) {
+      if (i >= rows) {
+        v[i] = V::zero();
+        continue;
+      }
+      const char* row = src.at(i, 0);
+      v[i] = count == kLanes ? load_as<kType>(row, k0) : load_part<kType>(row, k0, count);
+      if (mask.words) v[i] = V::keep(v[i], mask.bits(i, k0));
+    }
+    V::transpose(v);
+    for (int j = 0; j < count; ++j) V::store(out + (k0 + j) * out_stride, v[j]);
+  }
+}
+
+template <DType kType>
+void pack_straight_as(const Matrix& src, int cols, int64_t k, Mask mask, float* out, int64_t out_stride) {
+  for (int64_t s = 0; s < k; ++s, out += out_stride) {
+    const char* row = src.at(s, 0);
+    for (int64_t j = 0; j < out_stride; j += kLanes) {
+      typename V::T v = cols - j >= kLanes ? load_as<kType>(row, j) : cols > j ? load_part<kType>(row, j, cols - j) : V::zero();
+      if (mask.words) v = V::keep(v, mask.bits(s, j));
+      V::store(out + j, v);
+    }
+  }
+}
+
+#define LORA_OPS_BY_DTYPE(dtype, function, ...)                              \
+  switch (dtype) {                                                           \
+    case DType::f32: return function<DType::f32>(__VA_ARGS__);               \
+    case DType::bf16: return function<DType::bf16>(__VA_ARGS__);             \
+    case DType::f16: return function<DType::f16>(__VA_ARGS__);               \
+  }
+
+inline void pack_transposed(const Matrix& src, int rows, int64_t k, Mask mask, float* out, int64_t out_stride) {
+  LORA_OPS_BY_DTYPE(src.dtype, pack_transposed_as, src, rows, k, mask, out, out_stride)
+}
+
+inline void pack_straight(const Matrix& src, int cols, int64_t k, Mask mask, float* out, int64_t out_stride) {
+  LORA_OPS_BY_DTYPE(src.dtype, pack_straight_as, src, cols, k, mask, out, out_stride)
+}
+
+// --- few rows: the right operand is used once, so it is read where it lies -------------------------------------------
+
+// Two vectors of 2·kLanes neighbouring elements. bf16 splits into even and odd ones (a shift and an and, no shuffle), hence
+// the order of `dot_order`.
+template <DType kType>
+void load_two(const void* row, int64_t k, typename V::T& a, typename V::T& b) {
+  if constexpr (kType == DType::bf16) {
+    V::load_pair(static_cast<const uint16_t*>(row) + k, a, b);
+  } else {
+    a = load_as<kType>(row, k);
+    b = load_as<kType>(row, k + kLanes);
+  }
+}
+
+inline void dot_order(const Matrix& src, int64_t k, Mask mask, DType right, float* out) {
+  for (int64_t k0 = 0; k0 < k; k0 += kPanel) {
+    const int cols = static_cast<int>(k - k0 < kPanel ? k - k0 : kPanel);
+    alignas(64) float v[kPanel];
+    pack_straight(Matrix{src.at(0, k0), 0, 1, src.dtype}, cols, 1, Mask{mask.words, 0, mask.first + k0}, v, kPanel);
+    for (int i = 0; i < kPanel; ++i) out[k0 + (right == DType::bf16 ? i / 2 + i % 2 * kLanes : i)] = v[i];
+  }
+}
+
+template <DType kType, int kLeft, int kRight>
+void dot_rows(const float* left, int64_t left_stride, const Matrix& right, int64_t k, float* c) {
+  using T = typename V::T;
+  T acc[kLeft][kRight];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLeft; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < kRight; ++j) acc[i][j] = V::zero();
+  const char* row[kRight];
+#pragma GCC unroll 16
+  for (int j = 0; j < kRight; ++j) row[j] = right.at(j, 0);
+
+  auto step = [&](const char* const* rows, int64_t at, int64_t k0) __attribute__((always_inline)) {
+    T a[kRight], b[kRight];
+#pragma GCC unroll 16
+    for (int j = 0; j < kRight; ++j) load_two<kType>(rows[j], at, a[j], b[j]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLeft; ++i) {
+      const T x0 = V::load(left + i * left_stride + k0), x1 = V::load(left + i * left_stride + k0 + kLanes);
+#pragma GCC unroll 16
+      for (int j = 0; j < kRight; ++j) acc[i][j] = V::fma(x1, b[j], V::fma(x0, a[j], acc[i][j]));
+    }
+  };
+  int64_t k0 = 0;
+  for (; k0 + kPanel <= k; k0 += kPanel) step(row, k0, k0);
+  if (k0 < k) {
+    alignas(64) char part[kRight][kPanel * 4] = {};
+    const char* parts[kRight];
+    for (int j = 0; j < kRight; ++j) {
+      std::memcpy(part[j], row[j] + k0 * size_of(kType), (k - k0) * size_of(kType));
+      parts[j] = part[j];
+    }
+    step(parts, 0, k0);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLeft; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < kRight; ++j) c[i * kPanel + j] += V::sum(acc[i][j]);
+}
+
+// Right rows that go together: as many as the accumulators allow beside kLeft left rows.
+template <int kLeft>
+constexpr int kDotRight = kLeft <= 2 ? (kLanes == 16 ? 8 : 4) : kLeft <= 4 ? (kLanes == 16 ? 4 : 2) : (kLanes == 16 ? 2 : 1);
+
+template <DType kType, int kLeft>
+void dot_left(const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c) {
+  constexpr int kRight = kDotRight<kLeft>;
+  int j = 0;
+  Matrix rows = right;
+  for (; j + kRight <= cols; j += kRight) {
+    rows.data = right.at(j, 0);
+    dot_rows<kType, kLeft, kRight>(left, left_stride, rows, k, c + j);
+  }
+  for (; j < cols; ++j) {
+    rows.data = right.at(j, 0);
+    dot_rows<kType, kLeft, 1>(left, left_stride, rows, k, c + j);
+  }
+}
+
+template <DType kType, int kLeft = kDotRows>
+void dot_as(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c) {
+  if constexpr (kLeft > 0) {
+    if (rows == kLeft) return dot_left<kType, kLeft>(left, left_stride, right, cols, k, c);
+    dot_as<kType, kLeft - 1>(rows, left, left_stride, right, cols, k, c);
+  }
+}
+
+inline void dot(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c) {
+  LORA_OPS_BY_DTYPE(right.dtype, dot_as, rows, left, left_stride, right, cols, k, c)
+}
+
+// --- a tile's way in and out -----------------------------------------------------------------------------------------
+
+template <DType kType>
+void store_as(void* to, int64_t i, typename V::T v) {
+  if constexpr (kType == DType::f32) V::store(static_cast<float*>(to) + i, v);
+  if constexpr (kType == DType::bf16) V::store_bf16(static_cast<uint16_t*>(to) + i, v);
+  if constexpr (kType == DType::f16) V::store_f16(static_cast<uint16_t*>(to) + i, v);
+}
+
+template <DType kType>
+void store_tile_as(const float* c, int rows, int cols, const float* bias, const Matrix& y) {
+  for (int i = 0; i < rows; ++i, c += kPanel) {
+    const auto v0 = V::add(V::load(c), V::load(bias)), v1 = V::add(V::load(c + kLanes), V::load(bias + kLanes));
+    alignas(64) char part[kPanel * 4];
+    char* to = cols == kPanel ? y.at(i, 0) : part;
+    store_as<kType>(to, 0, v0);
+    store_as<kType>(to, kLanes, v1);
+    if (cols != kPanel) std::memcpy(y.at(i, 0), part, cols * size_of(kType));
+  }
+}
+
+inline void store_tile(const float* c, int rows, int cols, const Matrix& bias, const Matrix& y) {
+  alignas(64) float wide[kPanel] = {};
+  if (bias.data) pack_straight(bias, cols, 1, Mask{}, wide, kPanel);
+  LORA_OPS_BY_DTYPE(y.dtype, store_tile_as, c, rows, cols, wide, y)
+}
+
+inline void load_tile(const Matrix& y, int rows, int cols, float* c) {
+  alignas(64) float wide[kPanel];
+  for (int i = 0; i < rows; ++i, c += kPanel) {
+    pack_straight(Matrix{y.at(i, 0), 0, 1, y.dtype}, cols, 1, Mask{}, wide, kPanel);
+    for (int j = 0; j < kPanel; j += kLanes) V::store(c + j, V::add(V::load(c + j), V::load(wide + j)));
+  }
+}
+
+inline void mask_tile(float* c, int rows, Mask mask) {
+  for (int i = 0; i < rows; ++i, c += kPanel)
+    for (int j = 0; j < kPanel; j += kLanes)
+      V::store(c + j, V::keep(V::load(c + j), mask.bits(i, j)));
+}
+
+// --- dropout ---------------------------------------------------------------------------------------------------------
+
+inline void dropout_mask(const Dropout& dropout, int64_t row, int64_t cols, uint32_t* words) {
+  using U = typename V::U;
+  for (int64_t g = 0; g * kDropoutGroup < cols; ++g, words += kDropoutWords) {
+    uint32_t word[kDropoutWords] = {};
+    for (int l = 0; l < kDropoutCounters; l += V::kCounters) {
+      U c0 = V::iota(static_cast<uint32_t>(kDropoutCounters * g + l)), c1 = V::set(static_cast<uint32_t>(row));
+      U c2 = V::set(static_cast<uint32_t>(row >> 32)), c3 = V::set(0);
+      uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
+#pragma GCC unroll 10
+      for (int round = 0; round < kPhiloxRounds; ++round) {
+        U hi0, lo0, hi1, lo1;
+        V::multiply(c0, kPhiloxM0, hi0, lo0);
+        V::multiply(c2, kPhiloxM1, hi1, lo1);
+        c0 = V::exclusive_or(hi1, c1, V::set(k0));
+        c1 = lo1;
+        c2 = V::exclusive_or(hi0, c3, V::set(k1));
+        c3 = lo0;
+        k0 += kPhiloxW0;
+        k1 += kPhiloxW1;
+      }
+      word[0] |= V::at_least(c0, dropout.threshold) << (2 * l);
+      word[1] |= V::at_least(c1, dropout.threshold) << (2 * l);
+      word[2] |= V::at_least(c2, dropout.threshold) << (2 * l);
+      word[3] |= V::at_least(c3, dropout.threshold) << (2 * l);
+    }
+    for (int w = 0; w < kDropoutWords; ++w) words[w] = word[w];
+  }
+}
+
+constexpr Arithmetic kF32 = {1, pack_transposed, pack_straight, tile<F32>};
+
+constexpr Kernels table(const char* name, Arithmetic bf16) {
+  return {name, V::kRows, kLanes, kF32, bf16, dot, dot_order, store_tile, load_tile, mask_tile, dropout_mask};
+}

@@ -1,0 +1,68 @@
+// What a kernel is told: addresses, shapes, strides, element types. Nothing of torch, nothing of Python.
+//
+// Shapes are PyTorch's, row-major: x (M, K), weight (N, K), lora_A (r, K), lora_B (N, r), bias (N).
+#pragma once
+
+#include <cstdint>
+
+namespace lora_ops {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+constexpr int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+
+// A matrix in memory. Strides are in elements; one of the two is 1, except where `data` is null (matrix absent).
+struct Matrix {
+  void* data = nullptr;
+  int64_t row_stride = 0;
+  int64_t col_stride = 1;
+  DType dtype = DType::f32;
+
+  char* at(int64_t row, int64_t col) const {
+    return static_cast<char*>(data) + (row * row_stride + col * col_stride) * size_of(dtype);
+  }
+};
+
+// Element (row, col) of x is dropped when its 16 random bits (philox.h) are below `threshold` = round(65536 p).
+struct Dropout {
+  uint64_t seed = 0;
+  uint32_t threshold = 0;  // 0: no dropout
+  float keep_scale = 1.f;  // 1 / (1 - p)
+};
+
+// S = drop(x) Aᵀ ;  y = x W0ᵀ + scaling · S Bᵀ + bias
+struct LoraForward {
+  int64_t M, K, N, r;
+  Matrix x;         // (M, K)
+  Matrix weight;    // (N, K); data null: y already holds x W0ᵀ
+  const float* panels = nullptr;  // weight in packed panels (pack_weight), or null
+  Matrix lora_A;    // (r, K)
+  Matrix lora_B;    // (N, r)
+  Matrix bias;      // (1, N) or absent
+  float scaling;
+  Dropout dropout;
+  Matrix y;         // (M, N), x's dtype
+  float* S;         // (M, r)
+  int threads;
+};
+
+// dS = scaling · dy B ;  dx = dy W0 + drop'(dS A) ;  dA = dSᵀ drop(x) ;  dB = scaling · dyᵀ S ;  dbias = Σ_rows dy
+// An absent output is not computed; an input that only absent outputs need may be absent too.
+struct LoraBackward {
+  int64_t M, K, N, r;
+  Matrix dy;        // (M, N)
+  Matrix x;         // (M, K)
+  Matrix weight;    // (N, K); data null: dx already holds dy W0
+  Matrix lora_A;    // (r, K)
+  Matrix lora_B;    // (N, r)
+  const float* S;   // (M, r)
+  float scaling;
+  Dropout dropout;
+  Matrix dx;        // (M, K), dy's dtype
+  Matrix dA;        // (r, K)
+  Matrix dB;        // (N, r)
+  Matrix dbias;     // (1, N)
+  int threads;
+};
+
+}  // namespace lora_ops
