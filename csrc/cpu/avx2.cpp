@@ -41,10 +41,10 @@ struct V {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
   }
   static T load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-  static void load_pair(const uint16_t* p, T& even, T& odd) {
-    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-    odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  static void split(T both, T& even, T& odd) {
+    const __m256i bits = _mm256_castps_si256(both);
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
   // Round to nearest even, NaN to 0x7fc0: bit for bit what torch does.
   static void store_bf16(uint16_t* p, T v) {
@@ -60,26 +60,24 @@ struct V {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
 
-  // 8 x 8: pairs, quads, then 128-bit lanes.
-  static void transpose(T r[8]) {
-    T t[8];
-#pragma GCC unroll 4
-    for (int i = 0; i < 8; i += 2) {
-      t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-      t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    }
-    T u[8];
+  // 8 x 8 in two strips of four columns: rows i and 4 + i meet in one vector while they are loaded, which leaves 4 x 4
+  // transpositions inside 128-bit lanes.
+  static void load_transposed(const char* base, int64_t stride, T out[8]) {
+    const auto quad = [](const char* p) { return _mm_loadu_ps(reinterpret_cast<const float*>(p)); };
 #pragma GCC unroll 2
-    for (int i = 0; i < 8; i += 4) {
-      u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-      u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-      u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-      u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-    }
+    for (int s = 0; s < 8; s += 4) {
+      T q[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      r[j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
-      r[4 + j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
+      for (int i = 0; i < 4; ++i) {
+        const char* at = base + i * stride + s * 4;
+        q[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(quad(at)), quad(at + 4 * stride), 1);
+      }
+      const T a = _mm256_unpacklo_ps(q[0], q[1]), b = _mm256_unpackhi_ps(q[0], q[1]);
+      const T c = _mm256_unpacklo_ps(q[2], q[3]), d = _mm256_unpackhi_ps(q[2], q[3]);
+      out[s] = _mm256_shuffle_ps(a, c, 0x44);
+      out[s + 1] = _mm256_shuffle_ps(a, c, 0xee);
+      out[s + 2] = _mm256_shuffle_ps(b, d, 0x44);
+      out[s + 3] = _mm256_shuffle_ps(b, d, 0xee);
     }
   }
 

@@ -23,10 +23,10 @@ struct V {
   static T load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static void load_pair(const uint16_t* p, T& even, T& odd) {
-    const __m512i both = _mm512_loadu_si512(p);
-    even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-    odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  static void split(T both, T& even, T& odd) {
+    const __m512i bits = _mm512_castps_si512(both);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
   // Round to nearest even, NaN to 0x7fc0: bit for bit what torch does (vcvtneps2bf16 would flush denormals).
   static void store_bf16(uint16_t* p, T v) {
@@ -40,30 +40,38 @@ struct V {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
 
-  // 16 x 16: pairs, quads, then 128-bit lanes.
-  static void transpose(T r[16]) {
-    T t[16];
+  // 16 x 16 in two strips of eight columns: rows i and 8 + i meet in one vector while they are loaded, then pairs, quads,
+  // and the 128-bit lanes that hold rows 0-3, 4-7 | 8-11, 12-15 of one column.
+  static void load_transposed(const char* base, int64_t stride, T out[16]) {
+    const __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), odd = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+    const char* below = base + 8 * stride;
+#pragma GCC unroll 2
+    for (int s = 0; s < 16; s += 8) {
+      T t[8], u[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-    }
-    T u[16];
+      for (int i = 0; i < 8; ++i) {
+        const int64_t at = i * stride + s * 4;
+        t[i] = _mm512_castps256_ps512(_mm256_loadu_ps(reinterpret_cast<const float*>(base + at)));
+        t[i] = _mm512_insertf32x8(t[i], _mm256_loadu_ps(reinterpret_cast<const float*>(below + at)), 1);
+      }
 #pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-      u[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
-      u[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
-      u[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-      u[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-    }
+      for (int i = 0; i < 8; i += 2) {
+        u[i] = _mm512_unpacklo_ps(t[i], t[i + 1]);
+        u[i + 1] = _mm512_unpackhi_ps(t[i], t[i + 1]);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 8; i += 4) {
+        t[i] = _mm512_shuffle_ps(u[i], u[i + 2], 0x44);
+        t[i + 1] = _mm512_shuffle_ps(u[i], u[i + 2], 0xee);
+        t[i + 2] = _mm512_shuffle_ps(u[i + 1], u[i + 3], 0x44);
+        t[i + 3] = _mm512_shuffle_ps(u[i + 1], u[i + 3], 0xee);
+      }
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const T a = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88), b = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd);
-      const T c = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88), d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
-      r[j] = _mm512_shuffle_f32x4(a, c, 0x88);
-      r[8 + j] = _mm512_shuffle_f32x4(a, c, 0xdd);
-      r[4 + j] = _mm512_shuffle_f32x4(b, d, 0x88);
-      r[12 + j] = _mm512_shuffle_f32x4(b, d, 0xdd);
+      for (int j = 0; j < 4; ++j) {
+        const __m512d a = _mm512_castps_pd(t[j]), b = _mm512_castps_pd(t[4 + j]);
+        out[s + j] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, even, b));
+        out[s + 4 + j] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, odd, b));
+      }
     }
   }
 

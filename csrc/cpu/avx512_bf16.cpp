@@ -23,32 +23,36 @@ struct Bf16Pairs {
   }
 };
 
-void pack_pairs_transposed(const Matrix& src, int rows, int64_t k, Mask, float* out, int64_t out_stride) {
-  const int64_t pairs = k / 2;
-  const Matrix dwords{src.data, src.row_stride, 1, DType::bf16};
+void pack_pairs_transposed(const Matrix& src, int rows, int64_t k, Mask, float* out) {
+  const int64_t pairs = (k + 1) / 2;
   __m512 v[16];
-  for (int64_t p0 = 0; p0 < (k + 1) / 2; p0 += 16) {
-    const int64_t count = k - 2 * p0 < 32 ? k - 2 * p0 : 32;  // elements
-    for (int i = 0; i < 16; ++i) {
-      const char* at = i < rows ? dwords.at(i, 2 * p0) : nullptr;
-      const __mmask32 have = at ? static_cast<__mmask32>(count == 32 ? ~0u : (1u << count) - 1) : 0;
-      v[i] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(have, at));
+  for (int64_t p0 = 0; p0 < pairs; p0 += 16, out += 16 * 16) {
+    if (rows == 16 && 2 * (p0 + 16) <= k) {
+      V::load_transposed(src.at(0, 2 * p0), src.row_stride * 2, v);
+    } else {
+      alignas(64) char part[16][64] = {};
+      const int64_t count = k - 2 * p0 < 32 ? k - 2 * p0 : 32;
+      for (int i = 0; i < rows; ++i) std::memcpy(part[i], src.at(i, 2 * p0), count * 2);
+      V::load_transposed(part[0], 64, v);
     }
-    V::transpose(v);
-    for (int64_t j = 0; j < 16 && p0 + j < pairs + k % 2; ++j) V::store(out + (p0 + j) * out_stride, v[j]);
+    for (int64_t j = 0; j < 16 && p0 + j < pairs; ++j) V::store(out + j * 16, v[j]);
   }
 }
 
-void pack_pairs_straight(const Matrix& src, int cols, int64_t k, Mask, float* out, int64_t out_stride) {
+// Elements j and 16 + j of rows s and s + 1, interleaved into two vectors of pairs.
+void pack_pairs_straight(const Matrix& src, int64_t cols, int64_t k, Mask, float* out, int vectors, int64_t vector_stride) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
                                        35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  const __mmask32 have = static_cast<__mmask32>(cols >= 32 ? ~0u : (1u << cols) - 1);
-  for (int64_t s = 0; s < k; s += 2, out += out_stride) {
-    const __m512i a = _mm512_maskz_loadu_epi16(have, src.at(s, 0));
-    const __m512i b = s + 1 < k ? _mm512_maskz_loadu_epi16(have, src.at(s + 1, 0)) : _mm512_setzero_si512();
-    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, low, b));
-    if (out_stride > 16) _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi16(a, high, b));
+  for (int64_t s = 0; s < k; s += 2, out += 16) {
+    for (int v = 0; v < vectors; v += 2) {
+      const int64_t count = cols - v * 16;
+      const __mmask32 have = count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0u;
+      const __m512i a = _mm512_maskz_loadu_epi16(have, src.at(s, v * 16));
+      const __m512i b = s + 1 < k ? _mm512_maskz_loadu_epi16(have, src.at(s + 1, v * 16)) : _mm512_setzero_si512();
+      _mm512_storeu_si512(out + v * vector_stride, _mm512_permutex2var_epi16(a, low, b));
+      if (v + 1 < vectors) _mm512_storeu_si512(out + (v + 1) * vector_stride, _mm512_permutex2var_epi16(a, high, b));
+    }
   }
 }
 

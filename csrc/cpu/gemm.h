@@ -11,6 +11,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
+#include <vector>
 
 #include "../philox.h"
 #include "kernels.h"
@@ -38,13 +40,21 @@ inline void sync() {
 #pragma omp barrier
 }
 
-// Work handed out in order, one index at a time.
+// Work handed out in order, one index at a time. task(i, next): `next` is what the same thread will be given after i (it may
+// lie behind the end), so that its operands can be fetched meanwhile.
 class Tasks {
  public:
   explicit Tasks(int64_t count) : count_(count) {}
   template <class F>
   void run(const F& task) {
-    for (int64_t i = next_++; i < count_; i = next_++) task(i);
+    for (int64_t i = next_++, next; i < count_; i = next) {
+      next = next_++;
+      if constexpr (std::is_invocable_v<F, int64_t, int64_t>) {
+        task(i, next);
+      } else {
+        task(i);
+      }
+    }
   }
 
  private:
@@ -52,12 +62,12 @@ class Tasks {
   std::atomic<int64_t> next_{0};
 };
 
-// Sizes of the packed forms of a reduction of length R.
+// Steps of a reduction of length R, and the floats of `lanes` rows or columns packed over it: a left tile, or one of the two
+// vectors of a panel.
 struct Steps {
-  int64_t count;
-  Steps(const Arithmetic& arithmetic, int64_t R) : count(ceil_div(R, arithmetic.k_per_step)) {}
-  int64_t tile(const Kernels& k) const { return count * k.lanes; }      // floats of a packed left tile
-  int64_t panel(const Kernels& k) const { return count * k.panel(); }  // floats of a packed panel
+  int64_t count, vector;
+  Steps(const Kernels& k, const Arithmetic& arithmetic, int64_t R)
+      : count(ceil_div(R, arithmetic.k_per_step)), vector(count * k.lanes) {}
 };
 
 inline int64_t mask_words(int64_t cols) { return ceil_div(cols, kDropoutGroup) * kDropoutWords; }
@@ -70,12 +80,13 @@ int64_t block_rows(const Kernels& k, const Steps& steps);
 // Threads worth waking for this many multiply-adds.
 int useful_threads(int threads, int64_t multiply_adds);
 
-// Packs columns [j, j + width) of right (R, C), rows [k0, k0 + count), one panel of `width` columns (a multiple of lanes).
-void pack_panel(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t C, int64_t j, int64_t k0, int64_t count,
-                Mask mask, float* out, int width);
+// Packs `vectors` vectors of columns of right (R, C) from column j on, rows [k0, k0 + count).
+void pack_right(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t C, int64_t j, int vectors, int64_t k0,
+                int64_t count, Mask mask, float* out, int64_t vector_stride);
 
-// Packs rows [i, i + rows) of left (M, R).
-void pack_left(const Arithmetic& arithmetic, const Matrix& left, int64_t i, int rows, int64_t R, Mask mask, float* out, int lanes);
+// Packs a tile of left (M, R) that begins at row i. Where M goes on behind the tile the vector is filled with what follows:
+// lanes beyond the tile's rows are never used, and a full vector packs fastest.
+void pack_left(const Kernels& k, const Arithmetic& arithmetic, const Matrix& left, int64_t M, int64_t i, int64_t R, Mask mask, float* out);
 
 inline Matrix transposed(const Matrix& m) { return {m.data, m.col_stride, m.row_stride, m.dtype}; }
 inline Matrix from(const Matrix& m, int64_t row, int64_t col) { return {m.at(row, col), m.row_stride, m.col_stride, m.dtype}; }
@@ -86,13 +97,12 @@ struct DownPanels {  // right (R, r)
   const Kernels& k;
   int64_t R, r;
   float* data;
-  DownPanels(const Kernels& k_, int64_t R_, int64_t r_, Workspace& w) : k(k_), R(R_), r(r_), data(w.floats(R * padded())) {}
-  int64_t padded() const { return ceil_div(r, k.lanes) * k.lanes; }
-  int64_t count() const { return ceil_div(r, k.panel()); }
-  int vectors(int64_t p) const { return r - p * k.panel() > k.lanes ? 2 : 1; }
-  float* panel(int64_t p) const { return data + p * R * k.panel(); }
+  DownPanels(const Kernels& k_, int64_t R_, int64_t r_, Workspace& w)
+      : k(k_), R(R_), r(r_), data(w.floats(ceil_div(r_, k_.lanes) * R_ * k_.lanes)) {}
   int64_t tasks() const { return ceil_div(R, kChunk); }
   void pack(const Matrix& right, int64_t task) const;
+  // c = left · columns [j, j + panel), from a packed fp32 tile
+  void multiply(const float* left, int rows, int64_t j, float* c) const;
 
   static constexpr int64_t kChunk = 512;
 };
@@ -100,15 +110,48 @@ struct UpPanels {  // right (r, C)
   const Kernels& k;
   int64_t r, C;
   float* data;
-  UpPanels(const Kernels& k_, int64_t r_, int64_t C_, Workspace& w) : k(k_), r(r_), C(C_), data(w.floats(r * ceil_div(C, k_.panel()) * k_.panel())) {}
-  float* panel(int64_t p) const { return data + p * r * k.panel(); }
+  UpPanels(const Kernels& k_, int64_t r_, int64_t C_, Workspace& w)
+      : k(k_), r(r_), C(C_), data(w.floats(ceil_div(C_, k_.panel()) * r_ * k_.panel())) {}
   int64_t tasks() const { return ceil_div(C, kChunk * k.panel()); }
   void pack(const Matrix& right, int64_t task) const;
+  // c = left · columns of a panel, left [r][lanes]
+  void multiply(const float* left, int rows, int64_t panel, float* c) const {
+    k.f32.tile(rows, 2, left, data + panel * r * k.panel(), r * k.lanes, r, c, false);
+  }
 
   static constexpr int64_t kChunk = 8;
 };
 
-// One block of rows of the product. `run(task, thread)` computes a group of columns for a range of the block's tiles.
+// Panels [p0, p1) of right (R, C), rows [k0, k0 + count): packed piece by piece between the tiles that use the previous ones,
+// each piece fetched one step ahead, so that a weight's way from memory is hidden behind arithmetic.
+class PanelStream {
+ public:
+  void start(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t C, int64_t p0, int64_t p1, int64_t k0,
+             int64_t count, float* out, int64_t calls);
+  void some();         // the share of one of `calls` calls
+  const float* all();  // the rest, and where it begins
+
+ private:
+  struct Piece {
+    int64_t row, rows, col;
+    int vectors;
+    int64_t vector;  // the first of them, counted from p0
+  };
+  Piece piece(int64_t index) const;
+  void pack(int64_t index) const;
+  void fetch(int64_t index) const;
+
+  const Kernels* k_ = nullptr;
+  const Arithmetic* arithmetic_ = nullptr;
+  Matrix right_;
+  int64_t C_ = 0, p0_ = 0, p1_ = 0, k0_ = 0, count_ = 0;
+  float* out_ = nullptr;
+  bool straight_ = false;
+  int64_t rows_ = 1;  // of a piece
+  int64_t pieces_ = 0, done_ = 0, per_call_ = 0;
+};
+
+// One block of rows of the product. `run(task, next, thread)` computes a group of columns for a range of the block's tiles.
 struct Product {
   const Kernels& k;
   const Arithmetic& arithmetic;
@@ -124,15 +167,19 @@ struct Product {
   Matrix out = {};                   // from the block's first row
 
   // How `plan` splits it into tasks; `scratch` holds threads * scratch_size floats.
-  int64_t group = 1, groups = 0, row_parts = 1, k_block = 0, scratch_size = 0;
+  int64_t group = 1, groups = 0, row_parts = 1, k_block = 0, packed_size = 0, scratch_size = 0;
   float* scratch = nullptr;
+  std::vector<PanelStream> streams = {};  // one per thread
+  std::vector<int64_t> streaming = {};    // the task whose first panels a thread's stream holds
 
   void plan(int threads);
   int64_t tasks() const { return groups * row_parts; }
-  void run(int64_t task, int thread) const;
+  void run(int64_t task, int64_t next, int thread);
 
  private:
   int64_t result_size() const { return k.rows * k.panel(); }
+  int64_t first_panel(int64_t task) const { return task / row_parts * group; }
+  int64_t last_panel(int64_t task) const { return std::min(first_panel(task) + group, ceil_div(C, k.panel())); }
   void finish(int64_t tile, int64_t panel, float* c) const;
   void start(int64_t tile, int64_t panel, float* c) const;
 };

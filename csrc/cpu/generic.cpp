@@ -65,9 +65,9 @@ struct V {
     return reinterpret_cast<T>(Bits{p[0], p[1], p[2], p[3]} << 16);
   }
   static T load_f16(const uint16_t* p) { return T{from_f16(p[0]), from_f16(p[1]), from_f16(p[2]), from_f16(p[3])}; }
-  static void load_pair(const uint16_t* p, T& even, T& odd) {
-    even = reinterpret_cast<T>(Bits{p[0], p[2], p[4], p[6]} << 16);
-    odd = reinterpret_cast<T>(Bits{p[1], p[3], p[5], p[7]} << 16);
+  static void split(T both, T& even, T& odd) {
+    even = reinterpret_cast<T>(reinterpret_cast<Bits>(both) << 16);
+    odd = reinterpret_cast<T>(reinterpret_cast<Bits>(both) & 0xffff0000u);
   }
   static void store_bf16(uint16_t* p, T v) {
     for (int i = 0; i < kLanes; ++i) p[i] = to_bf16(v[i]);
@@ -75,9 +75,11 @@ struct V {
   static void store_f16(uint16_t* p, T v) {
     for (int i = 0; i < kLanes; ++i) p[i] = to_f16(v[i]);
   }
-  static void transpose(T r[4]) {
-    const T a = r[0], b = r[1], c = r[2], d = r[3];
-    for (int i = 0; i < kLanes; ++i) r[i] = T{a[i], b[i], c[i], d[i]};
+  static void load_transposed(const char* base, int64_t stride, T out[4]) {
+    for (int i = 0; i < kLanes; ++i) {
+      const T row = load(reinterpret_cast<const float*>(base + i * stride));
+      for (int j = 0; j < kLanes; ++j) out[j][i] = row[j];
+    }
   }
 
   static U set(uint32_t v) { return v; }

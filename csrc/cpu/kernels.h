@@ -4,7 +4,8 @@
 // A product C (M, N) = L (M, K) · R (K, N) is computed in tiles of at most `rows` x 2·`lanes`. Both operands are packed:
 //
 //     left   [step][lanes]       one tile's rows, reduction index outermost, rows padded to a vector
-//     panel  [step][2 * lanes]   2·lanes neighbouring columns of R ([step][lanes] where R has no more)
+//     panel  [2][step][lanes]    2·lanes neighbouring columns of R, one vector after the other: each a stream that is
+//                                written and read in order
 //     c      [row][2 * lanes]    the tile's fp32 result
 //
 // so that a step is two vector loads, `rows` broadcasts and 2·`rows` fused multiply-adds. A step is one k in fp32
@@ -37,12 +38,13 @@ struct Mask {
 // How one element type of L and R is packed and multiplied: fp32 arithmetic on widened elements, or bf16 pairs.
 struct Arithmetic {
   int k_per_step;
-  // out[step * out_stride + i] = src[i][step]: `rows` <= lanes rows, contiguous along the reduction; rows above are zero
-  void (*pack_transposed)(const Matrix& src, int rows, int64_t k, Mask mask, float* out, int64_t out_stride);
-  // out[step * out_stride + j] = src[step][j]: `cols` <= out_stride columns, contiguous; columns above are zero
-  void (*pack_straight)(const Matrix& src, int cols, int64_t k, Mask mask, float* out, int64_t out_stride);
-  // c[i][j] (+)= Σ_step left[step][i] · panel[step][j], the panel being one or two `vectors` wide
-  void (*tile)(int rows, int vectors, const float* left, const float* panel, int64_t steps, float* c, bool accumulate);
+  // out[step][i] = src[i][step]: `rows` <= lanes rows, contiguous along the reduction; beyond them, zero
+  void (*pack_transposed)(const Matrix& src, int rows, int64_t k, Mask mask, float* out);
+  // out[v * vector_stride + step * lanes + j] = src[step][v * lanes + j]: `cols` columns, contiguous; beyond them, zero
+  void (*pack_straight)(const Matrix& src, int64_t cols, int64_t k, Mask mask, float* out, int vectors, int64_t vector_stride);
+  // c[i][j] (+)= Σ_step left[step][i] · panel[step][j], over one or two vectors of columns, vector_stride apart
+  void (*tile)(int rows, int vectors, const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c,
+               bool accumulate);
 };
 
 struct Kernels {

@@ -32,17 +32,16 @@ struct RowReduction {
 
   // One block of M rows. `mask` belongs to right's rows.
   void run(int64_t task, const float* left, int64_t M, const Matrix& right, Mask mask, bool first_block, float* packed) const {
+    const int64_t p0 = task * kColumns, p1 = std::min(p0 + kColumns, panels());
     for (int64_t m = 0; m < M; m += kRowBlock) {
       const int64_t rows = std::min(kRowBlock, M - m);
-      for (int64_t p = task * kColumns; p < std::min((task + 1) * kColumns, panels()); ++p) {
-        const int64_t col = p * k.panel();
-        const Mask part{mask.words ? mask.words + m * mask.row_stride : nullptr, mask.row_stride, col};
-        pack_panel(k, k.f32, right, C, col, m, rows, part, packed, k.panel());
+      const Mask part{mask.words ? mask.words + m * mask.row_stride : nullptr, mask.row_stride, p0 * k.panel()};
+      pack_right(k, k.f32, right, C, p0 * k.panel(), static_cast<int>(2 * (p1 - p0)), m, rows, part, packed, rows * k.lanes);
+      for (int64_t p = p0; p < p1; ++p)
         for (int64_t t = 0; t < tiles.count; ++t) {
-          const int tile_rows = static_cast<int>(tiles.size(t));
-          k.f32.tile(tile_rows, 2, left + left_at(t, m, M), packed, rows, sum(p, tiles.start(t)), !first_block || m > 0);
+          k.f32.tile(static_cast<int>(tiles.size(t)), 2, left + left_at(t, m, M), packed + (p - p0) * rows * k.panel(),
+                     rows * k.lanes, rows, sum(p, tiles.start(t)), !first_block || m > 0);
         }
-      }
     }
   }
 
@@ -71,7 +70,7 @@ struct RowReduction {
 void backward_blocks(const LoraBackward& p, const Kernels& k) {
   const bool product_here = p.dx.data && p.weight.data;
   const Arithmetic& arithmetic = product_here ? arithmetic_of(k, p.dy.dtype, p.weight.dtype) : k.f32;
-  const Steps steps(arithmetic, p.N);
+  const Steps steps(k, arithmetic, p.N);
   const Parts blocks(p.M, block_rows(k, steps));
   const int threads = useful_threads(p.threads, p.M * p.N * (product_here ? p.K : p.r));
   const bool need_dS = p.dx.data || p.dA.data;
@@ -84,12 +83,12 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
   const UpPanels a(k, p.r, p.K, workspace);
   const RowReduction down_grad(k, p.dA.data ? p.r : 0, p.K, workspace);
   const RowReduction up_grad(k, (p.dB.data ? p.r : 0) + (p.dbias.data ? 1 : 0), p.N, workspace);
-  float* left = workspace.floats(Parts(most_rows, k.rows).count * steps.tile(k));
+  float* left = workspace.floats(Parts(most_rows, k.rows).count * steps.vector);
   float* tail_left = workspace.floats(Parts(most_rows, k.rows).count * p.r * k.lanes);
   float* dS_left = workspace.floats(down_grad.left_size(most_rows));
   float* S_left = workspace.floats(up_grad.left_size(most_rows));
   uint32_t* bits = workspace.words(most_rows * words);
-  const int64_t own_size = std::max(own_tile ? p.N * k.lanes : 0, kRowBlock * k.panel());
+  const int64_t own_size = std::max(own_tile ? p.N * k.lanes : 0, kRowBlock * kColumns * k.panel());
   float* own = workspace.floats(own_size * threads);
   float* scratch = nullptr;  // of the first block: no later one is larger
 
@@ -114,11 +113,11 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
       const int64_t first = product.tiles.start(t);
       const float scale = p.scaling * p.dropout.keep_scale;
       alignas(64) float c[kMaxTile];
-      for (int64_t q = 0; q < b.count(); ++q) {
-        k.f32.tile(rows, b.vectors(q), tile, b.panel(q), p.N, c, false);
-        for (int64_t j = q * k.panel(); j < std::min(p.r, (q + 1) * k.panel()); ++j)
+      for (int64_t j0 = 0; j0 < p.r; j0 += k.panel()) {
+        b.multiply(tile, rows, j0, c);
+        for (int64_t j = j0; j < std::min(p.r, j0 + k.panel()); ++j)
           for (int i = 0; i < k.lanes; ++i) {
-            tail_left[(t * p.r + j) * k.lanes + i] = i < rows ? scale * c[i * k.panel() + j % k.panel()] : 0.f;
+            tail_left[(t * p.r + j) * k.lanes + i] = i < rows ? scale * c[i * k.panel() + j - j0] : 0.f;
           }
       }
       if (!p.dA.data) return;
@@ -146,11 +145,11 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
         for (int64_t i = first; i < first + rows; ++i) k.dropout_mask(p.dropout, row0 + i, p.K, bits + i * words);
       }
       if (!need_dS) return;
-      float* tile = left + t * steps.tile(k);
-      pack_left(arithmetic, p.dy, row0 + first, rows, p.N, Mask{}, tile, k.lanes);
+      float* tile = left + t * steps.vector;
+      pack_left(k, arithmetic, p.dy, p.M, row0 + first, p.N, Mask{}, tile);
       if (own_tile) {
         tile = own + thread * own_size;
-        pack_left(k.f32, p.dy, row0 + first, rows, p.N, Mask{}, tile, k.lanes);
+        pack_left(k, k.f32, p.dy, p.M, row0 + first, p.N, Mask{}, tile);
       }
       dS(t, tile);
     };
@@ -165,8 +164,8 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
       sync();
       tiles.run([&](int64_t t) { pack_and_down(t, thread); });
       sync();
-      rest.run([&](int64_t t) {
-        if (t < products) return product.run(t, thread);
+      rest.run([&](int64_t t, int64_t next) {
+        if (t < products) return product.run(t, next, thread);
         t -= products;
         if (t < down_grad.tasks()) return down_grad.run(t, dS_left, rows_here, from(p.x, row0, 0), product.tail_mask, m == 0, packed);
         up_grad.run(t - down_grad.tasks(), S_left, rows_here, from(p.dy, row0, 0), Mask{}, m == 0, packed);

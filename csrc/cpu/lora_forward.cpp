@@ -22,11 +22,11 @@ bool few_rows(const LoraForward& p) {
 // S of a tile's rows from its packed fp32 elements: stored as it is, and times `scaling` as the tail's left operand.
 void down(const Kernels& k, const DownPanels& a, const float* tile, int rows, float keep_scale, float scaling, float* S, float* tail_left) {
   alignas(64) float c[kMaxTile];
-  for (int64_t p = 0; p < a.count(); ++p) {
-    k.f32.tile(rows, a.vectors(p), tile, a.panel(p), a.R, c, false);
-    for (int64_t j = p * k.panel(); j < std::min(a.r, (p + 1) * k.panel()); ++j)
+  for (int64_t j0 = 0; j0 < a.r; j0 += k.panel()) {
+    a.multiply(tile, rows, j0, c);
+    for (int64_t j = j0; j < std::min(a.r, j0 + k.panel()); ++j)
       for (int i = 0; i < k.lanes; ++i) {
-        const float s = i < rows ? c[i * k.panel() + j % k.panel()] * keep_scale : 0.f;
+        const float s = i < rows ? c[i * k.panel() + j - j0] * keep_scale : 0.f;
         if (i < rows) S[i * a.r + j] = s;
         tail_left[j * k.lanes + i] = scaling * s;
       }
@@ -35,18 +35,18 @@ void down(const Kernels& k, const DownPanels& a, const float* tile, int rows, fl
 
 void forward_blocks(const LoraForward& p, const Kernels& k) {
   const Arithmetic& arithmetic = p.weight.data ? arithmetic_of(k, p.x.dtype, p.weight.dtype) : k.f32;
-  const Steps steps(arithmetic, p.K);
+  const Steps steps(k, arithmetic, p.K);
   const Parts blocks(p.M, block_rows(k, steps));
   const int threads = useful_threads(p.threads, p.M * p.K * (p.weight.data ? p.N : p.r));
   const int64_t words = mask_words(p.K);
   const bool own_tile = p.dropout.threshold || arithmetic.k_per_step > 1;  // S needs another tile than the product
-  const int64_t own_size = own_tile ? p.K * k.lanes + words * k.rows : 0;
+  const int64_t own_size = own_tile ? p.K * k.lanes + words * k.lanes : 0;
 
   Workspace workspace;
   const DownPanels a(k, p.K, p.r, workspace);
   const UpPanels b(k, p.r, p.N, workspace);
   const int64_t most_tiles = Parts(blocks.size(0), k.rows).count;
-  float* left = workspace.floats(most_tiles * steps.tile(k));
+  float* left = workspace.floats(most_tiles * steps.vector);
   float* tail_left = workspace.floats(most_tiles * p.r * k.lanes);
   float* own = workspace.floats(own_size * threads);
   float* scratch = nullptr;  // of the first block: no later one is larger
@@ -67,17 +67,17 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
     const auto pack_and_down = [&](int64_t t, int thread) {
       const int rows = static_cast<int>(product.tiles.size(t));
       const int64_t row = blocks.start(m) + product.tiles.start(t);
-      float* tile = left + t * steps.tile(k);
-      if (product.left || !own_tile) pack_left(arithmetic, p.x, row, rows, p.K, Mask{}, tile, k.lanes);
+      float* tile = left + t * steps.vector;
+      if (product.left || !own_tile) pack_left(k, arithmetic, p.x, p.M, row, p.K, Mask{}, tile);
       if (own_tile) {
         tile = own + thread * own_size;
         Mask mask;
         if (p.dropout.threshold) {
           uint32_t* bits = reinterpret_cast<uint32_t*>(tile + p.K * k.lanes);
-          for (int i = 0; i < rows; ++i) k.dropout_mask(p.dropout, row + i, p.K, bits + i * words);
+          for (int i = 0; i < k.lanes && row + i < p.M; ++i) k.dropout_mask(p.dropout, row + i, p.K, bits + i * words);
           mask = Mask{bits, words};
         }
-        pack_left(k.f32, p.x, row, rows, p.K, mask, tile, k.lanes);
+        pack_left(k, k.f32, p.x, p.M, row, p.K, mask, tile);
       }
       down(k, a, tile, rows, p.dropout.keep_scale, p.scaling, p.S + row * p.r, tail_left + t * p.r * k.lanes);
     };
@@ -90,7 +90,7 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
       sync();
       tiles.run([&](int64_t t) { pack_and_down(t, thread); });
       sync();
-      groups.run([&](int64_t t) { product.run(t, thread); });
+      groups.run([&](int64_t t, int64_t next) { product.run(t, next, thread); });
     });
   }
 }
@@ -100,7 +100,7 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
   const int64_t stride = ceil_div(p.K, k.panel()) * k.panel();
   const bool same = !p.dropout.threshold && (p.lora_A.dtype == DType::bf16) == (p.weight.dtype == DType::bf16);
   const int64_t words = p.dropout.threshold ? mask_words(p.K) : 0;
-  const Parts tiles(p.M, kDotRows);
+  const Parts tiles(p.M, std::min(kDotRows, k.rows));
 
   Workspace workspace;
   const UpPanels b(k, p.r, p.N, workspace);
@@ -142,7 +142,7 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int rows = static_cast<int>(tiles.size(t));
       alignas(64) float c[kMaxTile];
-      k.f32.tile(rows, 2, tail_left + t * p.r * k.lanes, b.panel(panel), p.r, c, false);
+      b.multiply(tail_left + t * p.r * k.lanes, rows, panel, c);
       for (int64_t k0 = 0; k0 < p.K; k0 += k_block) {
         k.dot(rows, left + tiles.start(t) * stride + k0, stride, from(p.weight, col, k0), cols, std::min(k_block, p.K - k0), c);
       }
@@ -169,17 +169,17 @@ void lora_forward(const LoraForward& p) {
 }
 
 int64_t packed_size(const Kernels& k, int64_t N, int64_t K, DType x, DType weight) {
-  return ceil_div(N, k.panel()) * Steps(arithmetic_of(k, x, weight), K).panel(k);
+  return ceil_div(N, k.panel()) * 2 * Steps(k, arithmetic_of(k, x, weight), K).vector;
 }
 
 void pack_weight(const Matrix& weight, int64_t N, int64_t K, DType x, float* panels, int threads) {
   const Kernels& k = kernels();
   const Arithmetic& arithmetic = arithmetic_of(k, x, weight.dtype);
-  const int64_t size = Steps(arithmetic, K).panel(k);
+  const int64_t stride = Steps(k, arithmetic, K).vector;
   Tasks tasks(ceil_div(N, k.panel()));
   parallel(threads, [&](int) {
     tasks.run([&](int64_t p) {
-      pack_panel(k, arithmetic, transposed(weight), N, p * k.panel(), 0, K, Mask{}, panels + p * size, k.panel());
+      pack_right(k, arithmetic, transposed(weight), N, p * k.panel(), 2, 0, K, Mask{}, panels + p * 2 * stride, stride);
     });
   });
 }

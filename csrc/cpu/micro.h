@@ -1,8 +1,9 @@
 // The micro-kernels, written once over a vector type. Each ISA file includes this inside its `#pragma GCC target` region
 // and its own namespace (no include guard: that is the point), after defining
 //
-//     struct V { T, kLanes, kRows; zero load store broadcast add mul fma; load_bf16 load_f16 load_pair;
-//                store_bf16 store_f16; keep; transpose; sum; U, and the dropout generator's integer steps }
+//     struct V { T, kLanes, kRows; zero load store broadcast add fma sum; keep (lanes whose bit is set);
+//                load_bf16 load_f16 store_bf16 store_f16; split (dwords of two bf16 into even and odd elements);
+//                load_transposed (kLanes x kLanes dwords); U and the dropout generator's integer steps }
 //
 // Tile budget: kRows x 2 accumulators + 2 panel vectors + 1 broadcast fill the register file (14 x 2 + 3 = 31 of 32 with
 // AVX-512, 6 x 2 + 3 = 15 of 16 with AVX2). Two panel vectors and kRows broadcasts per 2·kRows multiply-adds keep the load
@@ -19,9 +20,8 @@ struct F32 {
 };
 
 template <class Op, int kTileRows, int kVectors>
-void tile_of(const float* left, const float* panel, int64_t steps, float* c, bool accumulate) {
+void tile_of(const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c, bool accumulate) {
   using T = typename V::T;
-  constexpr int kWidth = kVectors * kLanes;
   do {
     const int64_t block = steps < kFlush ? steps : kFlush;
     T acc[kTileRows][kVectors];
@@ -33,8 +33,8 @@ void tile_of(const float* left, const float* panel, int64_t steps, float* c, boo
       T b[kVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
-        b[v] = V::load(panel + v * kLanes);
-        __builtin_prefetch(panel + kAhead * kWidth + v * kLanes);
+        b[v] = V::load(panel + v * vector_stride);
+        __builtin_prefetch(panel + v * vector_stride + kAhead * kLanes);
       }
       __builtin_prefetch(left + kAhead * kLanes);
 #pragma GCC unroll 16
@@ -43,7 +43,7 @@ void tile_of(const float* left, const float* panel, int64_t steps, float* c, boo
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) acc[i][v] = Op::multiply_add(a, b[v], acc[i][v]);
       }
-      panel += kWidth;
+      panel += kLanes;
       left += kLanes;
     }
 #pragma GCC unroll 16
@@ -59,11 +59,14 @@ void tile_of(const float* left, const float* panel, int64_t steps, float* c, boo
 }
 
 template <class Op, int kTileRows = V::kRows>
-void tile(int rows, int vectors, const float* left, const float* panel, int64_t steps, float* c, bool accumulate) {
+void tile(int rows, int vectors, const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c,
+          bool accumulate) {
   if constexpr (kTileRows > 0) {
-    if (rows != kTileRows) return tile<Op, kTileRows - 1>(rows, vectors, left, panel, steps, c, accumulate);
-    if (vectors == 1) return tile_of<Op, kTileRows, 1>(left, panel, steps, c, accumulate);
-    tile_of<Op, kTileRows, 2>(left, panel, steps, c, accumulate);
+    if (rows != kTileRows) {
+      return tile<Op, kTileRows - 1>(rows, vectors, left, panel, vector_stride, steps, c, accumulate);
+    }
+    vectors == 1 ? tile_of<Op, kTileRows, 1>(left, panel, vector_stride, steps, c, accumulate)
+                 : tile_of<Op, kTileRows, 2>(left, panel, vector_stride, steps, c, accumulate);
   }
 }
 
@@ -83,32 +86,59 @@ typename V::T load_part(const void* row, int64_t i, int64_t count) {
 }
 
 template <DType kType>
-void pack_transposed_as(const Matrix& src, int rows, int64_t k, Mask mask, float* out, int64_t out_stride) {
+void pack_transposed_as(const Matrix& src, int rows, int64_t k, Mask mask, float* out) {
+  const char* row = src.at(0, 0);
+  const int64_t stride = src.row_stride * size_of(kType);
+  const bool whole = rows == kLanes && !mask.words;
   typename V::T v[kLanes];
-  for (int64_t k0 = 0; k0 < k; k0 += kLanes) {
-    const int64_t count = k - k0 < kLanes ? k - k0 : kLanes;
-    for (int i = 0; i < kLanes; ++i) {
-      if (i >= rows) {
-        v[i] = V::zero();
-        continue;
-      }
-      const char* row = src.at(i, 0);
-      v[i] = count == kLanes ? load_as<kType>(row, k0) : load_part<kType>(row, k0, count);
-      if (mask.words) v[i] = V::keep(v[i], mask.bits(i, k0));
+  int64_t k0 = 0;
+  if (kType == DType::f32 && whole) {
+    for (; k0 + kLanes <= k; k0 += kLanes) {
+      V::load_transposed(row + k0 * 4, stride, v);
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) V::store(out + (k0 + j) * kLanes, v[j]);
     }
-    V::transpose(v);
-    for (int j = 0; j < count; ++j) V::store(out + (k0 + j) * out_stride, v[j]);
+  }
+  if (kType == DType::bf16 && whole) {
+    for (; k0 + kPanel <= k; k0 += kPanel) {  // pairs are transposed as dwords, then split
+      V::load_transposed(row + k0 * 2, stride, v);
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) {
+        typename V::T even, odd;
+        V::split(v[j], even, odd);
+        V::store(out + (k0 + 2 * j) * kLanes, even);
+        V::store(out + (k0 + 2 * j + 1) * kLanes, odd);
+      }
+    }
+  }
+  if (k0 == k) return;
+  alignas(64) float wide[kLanes][kLanes] = {};
+  for (; k0 < k; k0 += kLanes) {  // whatever needs more than a transposition goes through a widened copy
+    const int64_t count = k - k0 < kLanes ? k - k0 : kLanes;
+    for (int i = 0; i < rows; ++i) {
+      const auto x = count == kLanes ? load_as<kType>(row + i * stride, k0) : load_part<kType>(row + i * stride, k0, count);
+      V::store(wide[i], mask.words ? V::keep(x, mask.bits(i, k0)) : x);
+    }
+    V::load_transposed(reinterpret_cast<const char*>(wide), sizeof wide[0], v);
+    for (int j = 0; j < count; ++j) V::store(out + (k0 + j) * kLanes, v[j]);
   }
 }
 
 template <DType kType>
-void pack_straight_as(const Matrix& src, int cols, int64_t k, Mask mask, float* out, int64_t out_stride) {
-  for (int64_t s = 0; s < k; ++s, out += out_stride) {
-    const char* row = src.at(s, 0);
-    for (int64_t j = 0; j < out_stride; j += kLanes) {
-      typename V::T v = cols - j >= kLanes ? load_as<kType>(row, j) : cols > j ? load_part<kType>(row, j, cols - j) : V::zero();
-      if (mask.words) v = V::keep(v, mask.bits(s, j));
-      V::store(out + j, v);
+void pack_straight_as(const Matrix& src, int64_t cols, int64_t k, Mask mask, float* out, int vectors, int64_t vector_stride) {
+  const char* row = src.at(0, 0);
+  const int64_t stride = src.row_stride * size_of(kType);
+  const bool whole = cols == int64_t{vectors} * kLanes && !mask.words;
+  for (int64_t s = 0; s < k; ++s, row += stride, out += kLanes) {
+    if (whole) {
+      for (int v = 0; v < vectors; ++v) V::store(out + v * vector_stride, load_as<kType>(row, v * kLanes));
+      continue;
+    }
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t j = v * kLanes, count = cols - j;
+      typename V::T x = count >= kLanes ? load_as<kType>(row, j) : count > 0 ? load_part<kType>(row, j, count) : V::zero();
+      if (mask.words && count > 0) x = V::keep(x, mask.bits(s, j));
+      V::store(out + v * vector_stride, x);
     }
   }
 }
@@ -120,12 +150,17 @@ void pack_straight_as(const Matrix& src, int cols, int64_t k, Mask mask, float* 
     case DType::f16: return function<DType::f16>(__VA_ARGS__);               \
   }
 
-inline void pack_transposed(const Matrix& src, int rows, int64_t k, Mask mask, float* out, int64_t out_stride) {
-  LORA_OPS_BY_DTYPE(src.dtype, pack_transposed_as, src, rows, k, mask, out, out_stride)
+inline void pack_transposed(const Matrix& src, int rows, int64_t k, Mask mask, float* out) {
+  LORA_OPS_BY_DTYPE(src.dtype, pack_transposed_as, src, rows, k, mask, out)
 }
 
-inline void pack_straight(const Matrix& src, int cols, int64_t k, Mask mask, float* out, int64_t out_stride) {
-  LORA_OPS_BY_DTYPE(src.dtype, pack_straight_as, src, cols, k, mask, out, out_stride)
+inline void pack_straight(const Matrix& src, int64_t cols, int64_t k, Mask mask, float* out, int vectors, int64_t vector_stride) {
+  LORA_OPS_BY_DTYPE(src.dtype, pack_straight_as, src, cols, k, mask, out, vectors, vector_stride)
+}
+
+// `cols` <= kPanel neighbouring elements of a row, widened, the rest of kPanel zero.
+inline void widen_row(const Matrix& row, int64_t cols, Mask mask, float* out) {
+  pack_straight(row, cols, 1, mask, out, 2, kLanes);
 }
 
 // --- few rows: the right operand is used once, so it is read where it lies -------------------------------------------
@@ -135,7 +170,7 @@ inline void pack_straight(const Matrix& src, int cols, int64_t k, Mask mask, flo
 template <DType kType>
 void load_two(const void* row, int64_t k, typename V::T& a, typename V::T& b) {
   if constexpr (kType == DType::bf16) {
-    V::load_pair(static_cast<const uint16_t*>(row) + k, a, b);
+    V::split(V::load(reinterpret_cast<const float*>(static_cast<const uint16_t*>(row) + k)), a, b);
   } else {
     a = load_as<kType>(row, k);
     b = load_as<kType>(row, k + kLanes);
@@ -146,7 +181,7 @@ inline void dot_order(const Matrix& src, int64_t k, Mask mask, DType right, floa
   for (int64_t k0 = 0; k0 < k; k0 += kPanel) {
     const int cols = static_cast<int>(k - k0 < kPanel ? k - k0 : kPanel);
     alignas(64) float v[kPanel];
-    pack_straight(Matrix{src.at(0, k0), 0, 1, src.dtype}, cols, 1, Mask{mask.words, 0, mask.first + k0}, v, kPanel);
+    widen_row(Matrix{src.at(0, k0), 0, 1, src.dtype}, cols, Mask{mask.words, 0, mask.first + k0}, v);
     for (int i = 0; i < kPanel; ++i) out[k0 + (right == DType::bf16 ? i / 2 + i % 2 * kLanes : i)] = v[i];
   }
 }
@@ -245,14 +280,14 @@ void store_tile_as(const float* c, int rows, int cols, const float* bias, const 
 
 inline void store_tile(const float* c, int rows, int cols, const Matrix& bias, const Matrix& y) {
   alignas(64) float wide[kPanel] = {};
-  if (bias.data) pack_straight(bias, cols, 1, Mask{}, wide, kPanel);
+  if (bias.data) widen_row(bias, cols, Mask{}, wide);
   LORA_OPS_BY_DTYPE(y.dtype, store_tile_as, c, rows, cols, wide, y)
 }
 
 inline void load_tile(const Matrix& y, int rows, int cols, float* c) {
   alignas(64) float wide[kPanel];
   for (int i = 0; i < rows; ++i, c += kPanel) {
-    pack_straight(Matrix{y.at(i, 0), 0, 1, y.dtype}, cols, 1, Mask{}, wide, kPanel);
+    widen_row(Matrix{y.at(i, 0), 0, 1, y.dtype}, cols, Mask{}, wide);
     for (int j = 0; j < kPanel; j += kLanes) V::store(c + j, V::add(V::load(c + j), V::load(wide + j)));
   }
 }
