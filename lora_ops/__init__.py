@@ -1,0 +1,12 @@
+"""Fused kernels for LoRA fine-tuning: y = x W0ᵀ + scaling · (x Aᵀ) Bᵀ + bias, forward and backward, without ever forming B A."""
+
+import torch  # noqa: F401  (before _C: the extension shares torch's OpenMP runtime)
+
+from . import reference
+from ._version import __version__
+from .build_info import build_info
+from .functional import lora_linear
+from .nn.linear import FusedLoraLinear
+from .ops import pack_weight
+
+__all__ = ["FusedLoraLinear", "__version__", "build_info", "lora_linear", "pack_weight", "reference"]

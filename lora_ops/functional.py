@@ -1,0 +1,67 @@
+"""The public function."""
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    panels: Tensor | None = None,
+) -> Tensor:
+    """A frozen linear layer with a low-rank update, in one pass: y = x W0ᵀ + scaling · (drop(x) Aᵀ) Bᵀ + bias.
+
+    LoRA: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022 (https://arxiv.org/abs/2106.09685).
+    ΔW = B A is never formed. The backward computes, of
+
+        dS = scaling · dy B            dx = dy W0 + drop'(dS A)
+        dA = dSᵀ drop(x)               dB = scaling · dyᵀ S          dbias = Σ_rows dy
+
+    only what `requires_grad` asks for, and keeps only x (if A trains) and S = drop(x) Aᵀ, (rows, r) in fp32 (if B trains).
+
+    Args:
+        x: (..., K), float32, bfloat16 or float16 (float64 runs the reference), any strides.
+        weight: W0, (N, K), x's dtype, frozen. Any strides of which one is 1: a transposed view costs no copy. May be
+            float32 under a half-precision x.
+        lora_A: A, (r, K), r >= 1, x's dtype, or float32 under a half-precision x. Used as it is: x is never cast.
+        lora_B: B, (N, r), A's dtype. Gradients come in A's and B's dtype.
+        scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA. Finite.
+        bias: (N,) or None.
+        dropout_p: probability, in [0, 1), that an element of x is hidden from A; the others are scaled by 1 / (1 - p).
+            Resolution 2^-16. The mask is never stored: it comes from Philox4x32-10, keyed by a seed that is drawn from
+            torch's generator of x's device, so `torch.manual_seed` governs it and activation checkpointing repeats it.
+        training: dropout acts only if True.
+        panels: the weight packed beforehand (`lora_ops.pack_weight`), faster for small batches. It must come from this
+            very weight: it is used instead of it.
+
+    Returns:
+        (..., N) in x's dtype; under `torch.autocast`, in the dtype that `F.linear` would return. Products are accumulated
+        in fp32 and rounded once.
+
+    Raises:
+        ValueError: a shape, device, scaling or dropout_p that does not fit, or a weight that requires grad.
+        TypeError: a dtype that does not fit.
+    """
+    ops.check_frozen(weight)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype.is_floating_point and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        if panels is None and weight.dtype not in (x.dtype, torch.float32):
+            weight = weight.to(x.dtype)
+        if bias is not None and bias.dtype not in (x.dtype, torch.float32):
+            bias = bias.to(x.dtype)
+        if lora_A.dtype not in (x.dtype, torch.float32):
+            lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    seed = None
+    if training and dropout_p != 0.0:
+        seed = torch.randint(0, 2**62, (), dtype=torch.int64, device=x.device)
+    y, _ = torch.ops.lora_ops.lora_forward(x, weight, lora_A, lora_B, bias, panels, seed, float(scaling), float(dropout_p))
+    return y

@@ -1,0 +1,315 @@
+"""torch.ops.lora_ops.*: schema, argument checks, kernels per device, shapes for the compiler, autograd. Nothing else has them.
+
+    lora_forward    y, S from x, the frozen weight and one adapter
+    lora_backward   dx, dA, dB, dbias, of which only those asked for are computed (the others come back empty)
+
+The extension takes addresses and sizes (csrc/bindings.cpp); torch allocates every output. Devices and dtypes without a
+kernel run lora_ops/reference.py.
+"""
+
+import functools
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from . import _C, reference
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+library = torch.library.Library("lora_ops", "DEF")
+library.define(
+    "lora_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? panels, Tensor? seed, "
+    "float scaling, float dropout_p) -> (Tensor, Tensor)"
+)
+library.define(
+    "lora_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? S, Tensor? seed, "
+    "float scaling, float dropout_p, bool need_dx, bool need_dA, bool need_dB, bool need_dbias) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def check(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> None:
+    """Raises ValueError or TypeError naming the argument that does not fit, what it is and what it may be."""
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be (N, K), got shape {tuple(weight.shape)}")
+    N, K = weight.shape
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"x must be (..., K) with K = {K} as in weight {(N, K)}, got shape {tuple(x.shape)}")
+    if lora_A.dim() != 2 or lora_A.shape[1] != K:
+        raise ValueError(f"lora_A must be (r, K) with K = {K}, got shape {tuple(lora_A.shape)}")
+    r = lora_A.shape[0]
+    if r < 1:
+        raise ValueError(f"lora_A must be (r, K) with r >= 1, got shape {tuple(lora_A.shape)}")
+    if lora_B.dim() != 2 or lora_B.shape[0] != N or lora_B.shape[1] != r:
+        raise ValueError(f"lora_B must be (N, r) = {(N, r)}, got shape {tuple(lora_B.shape)}")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
+        raise ValueError(f"bias must be (N,) = {(N,)}, got shape {tuple(bias.shape)}")
+
+    floating = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    if x.dtype not in floating:
+        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    for name, t in (("weight", weight), ("bias", bias)):
+        # A wider weight under a half-precision x is what autocast makes of fp32 models.
+        if t is not None and t.dtype != x.dtype and not (half and t.dtype == torch.float32):
+            raise TypeError(f"{name} must have x's dtype {x.dtype}{' or float32' if half else ''}, got {t.dtype}")
+    for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if t.dtype != x.dtype and not (half and t.dtype == torch.float32):
+            raise TypeError(f"{name} must have x's dtype {x.dtype}{' or float32' if half else ''}, got {t.dtype}")
+    if lora_A.dtype != lora_B.dtype:
+        raise TypeError(f"lora_A and lora_B must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
+    for name, t in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling must be finite, got {scaling}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+
+
+def check_frozen(weight: Tensor) -> None:
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight requires grad, but W0 is frozen by definition: no gradient of it is ever computed. "
+            "Call weight.requires_grad_(False), or train W0 with torch.nn.functional.linear"
+        )
+
+
+# --- CPU --------------------------------------------------------------------------------------------------------------
+
+
+def _strided(t: Tensor) -> Tensor:
+    """A 2-D tensor that the kernels can walk: one stride is 1. Copies only what has no such stride."""
+    if t.stride(1) == 1 or t.stride(0) == 1 or t.numel() == 0:
+        return t
+    return t.contiguous()
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(..., C) as (rows, C) with contiguous rows, a view wherever one exists."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+Matrix = tuple[int, int, int, int] | None
+
+
+def _matrix(t: Tensor | None) -> Matrix:
+    """A tensor for the extension: address, row stride, column stride, dtype. A vector is one row."""
+    if t is None:
+        return None
+    if t.dim() == 1:
+        return t.data_ptr(), 0, t.stride(0), _DTYPES[t.dtype]
+    return t.data_ptr(), t.stride(0), t.stride(1) if t.shape[1] > 1 else 1, _DTYPES[t.dtype]
+
+
+def _dropout(seed: Tensor | None, p: float) -> tuple[int, int, float]:
+    if seed is None:
+        return 0, 0, 1.0
+    return int(seed) & 0xFFFFFFFFFFFFFFFF, reference.dropout_threshold(p), 1.0 / (1.0 - p)
+
+
+@functools.cache
+def base_on_torch(dtype: torch.dtype) -> bool:
+    """Whether x W0ᵀ and dy W0 go to torch, and only the low-rank part to the kernels.
+
+    True where torch's matrix product uses hardware that the kernels do not: AMX for bf16, anything that is not x86-64.
+    LORA_OPS_CPU_BASE=torch|kernel|auto forces it.
+    """
+    choice = os.environ.get("LORA_OPS_CPU_BASE", "auto")
+    if choice not in ("torch", "kernel", "auto"):
+        raise ValueError(f'LORA_OPS_CPU_BASE is "{choice}"; it may be torch, kernel or auto')
+    if choice != "auto":
+        return choice == "torch"
+    only_generic = _C.built_isas() == ["generic"]
+    return only_generic or (dtype == torch.bfloat16 and _C.cpu_has_amx())
+
+
+def _has_kernel(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype in _DTYPES and weight.shape[1] > 0
+
+
+def _lora_forward_cpu(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    panels: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    if not _has_kernel(x, weight):
+        return _lora_forward_reference(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p)
+    N, K = weight.shape
+    rows = _rows(x)
+    M, r = rows.shape[0], lora_A.shape[0]
+    S = torch.empty((M, r), dtype=torch.float32)
+    external = panels is None and base_on_torch(x.dtype)
+    if external:
+        y = rows @ weight.to(x.dtype).T
+    else:
+        y = torch.empty((M, N), dtype=x.dtype)
+    weight, A, B = _strided(weight), lora_A.contiguous(), lora_B.contiguous()
+    _C.lora_forward(
+        M, K, N, r, _matrix(rows), None if external else _matrix(weight), 0 if panels is None else panels.data_ptr(),
+        _matrix(A), _matrix(B), _matrix(None if bias is None else bias.contiguous()), scaling, *_dropout(seed, dropout_p),
+        _matrix(y), S.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], N), S
+
+
+def _lora_backward_cpu(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not _has_kernel(dy, weight):
+        return _lora_backward_reference(
+            dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, need_dA, need_dB, need_dbias
+        )
+    N, K = weight.shape
+    g = _rows(dy)
+    M, r = g.shape[0], lora_A.shape[0]
+    A, B = lora_A.contiguous(), lora_B.contiguous()
+    rows = _rows(x) if need_dA and x is not None else None
+    external = need_dx and base_on_torch(dy.dtype)
+    if external:
+        dx = g @ weight.to(g.dtype)
+    else:
+        dx = torch.empty((M, K) if need_dx else 0, dtype=dy.dtype)
+    dA = torch.empty((r, K) if need_dA else 0, dtype=lora_A.dtype)
+    dB = torch.empty((N, r) if need_dB else 0, dtype=lora_B.dtype)
+    dbias = torch.empty(N if need_dbias else 0, dtype=dy.dtype)
+    weight = _strided(weight)
+    _C.lora_backward(
+        M, K, N, r, _matrix(g), _matrix(rows), None if external or not need_dx else _matrix(weight), _matrix(A), _matrix(B),
+        S.data_ptr() if need_dB and S is not None else 0, scaling, *_dropout(seed, dropout_p),
+        _matrix(dx if need_dx else None), _matrix(dA if need_dA else None), _matrix(dB if need_dB else None),
+        _matrix(dbias if need_dbias else None), torch.get_num_threads(),
+    )  # fmt: skip
+    return dx.view(*dy.shape[:-1], K) if need_dx else dx, dA, dB, dbias
+
+
+# --- devices and dtypes without a kernel ------------------------------------------------------------------------------
+
+
+def _lora_forward_reference(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p):  # type: ignore[no-untyped-def]
+    check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    rows = x.reshape(-1, x.shape[-1])
+    y, S = reference.lora_forward(rows, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+    return y.reshape(*x.shape[:-1], weight.shape[0]), S
+
+
+def _lora_backward_reference(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, *need):  # type: ignore[no-untyped-def]
+    rows = None if x is None else x.reshape(-1, weight.shape[1])
+    grads = reference.lora_backward(
+        dy.reshape(-1, weight.shape[0]), rows, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need=need
+    )
+    dx, *rest = (dy.new_empty(0) if g is None else g for g in grads)
+    return (dx.reshape(*dy.shape[:-1], weight.shape[1]) if need[0] else dx, *rest)
+
+
+# --- shapes for the compiler ------------------------------------------------------------------------------------------
+
+
+def _lora_forward_fake(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p):  # type: ignore[no-untyped-def]
+    check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    S_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    M = math.prod(x.shape[:-1])
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((M, lora_A.shape[0]), dtype=S_dtype)
+
+
+def _lora_backward_fake(  # type: ignore[no-untyped-def]
+    dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, need_dA, need_dB, need_dbias
+):
+    return (
+        dy.new_empty((*dy.shape[:-1], weight.shape[1]) if need_dx else 0),
+        lora_A.new_empty(lora_A.shape if need_dA else 0),
+        lora_B.new_empty(lora_B.shape if need_dB else 0),
+        dy.new_empty(weight.shape[0] if need_dbias else 0),
+    )
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, weight, lora_A, lora_B, bias, _, seed, scaling, dropout_p = inputs
+    _, S = output
+    need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
+    if need_weight:
+        check_frozen(weight)
+    # dA alone needs x, dB alone needs S: a frozen A saves no activation at all.
+    ctx.save_for_backward(x if need_A else None, weight, lora_A, lora_B, S if need_B else None, seed)
+    ctx.mark_non_differentiable(S)
+    ctx.set_materialize_grads(False)
+    ctx.scaling, ctx.dropout_p = scaling, dropout_p
+    ctx.need = (need_x, need_A, need_B, need_bias)
+
+
+def _backward(ctx, dy, _dS):  # type: ignore[no-untyped-def]
+    if dy is None:
+        return (None,) * 9
+    x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
+    grads = torch.ops.lora_ops.lora_backward(
+        dy, x, weight, lora_A, lora_B, S, seed, ctx.scaling, ctx.dropout_p, *ctx.need
+    )
+    dx, dA, dB, dbias = (g if need else None for g, need in zip(grads, ctx.need, strict=True))
+    return dx, None, dA, dB, dbias, None, None, None, None
+
+
+def _no_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise RuntimeError("lora_ops.lora_linear is differentiable once: its backward has no derivative (create_graph=True)")
+
+
+library.impl("lora_forward", _lora_forward_cpu, "CPU")
+library.impl("lora_backward", _lora_backward_cpu, "CPU")
+library.impl("lora_forward", _lora_forward_reference, "CompositeExplicitAutograd")
+library.impl("lora_backward", _lora_backward_reference, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_ops::lora_forward", _lora_forward_fake, lib=library)
+torch.library.register_fake("lora_ops::lora_backward", _lora_backward_fake, lib=library)
+torch.library.register_autograd("lora_ops::lora_forward", _backward, setup_context=_setup_context, lib=library)
+torch.library.register_autograd("lora_ops::lora_backward", _no_double_backward, lib=library)
+
+
+# --- packed weights ---------------------------------------------------------------------------------------------------
+
+
+def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The panels of a CPU weight (N, K) that `lora_forward` takes for an x of `dtype`; None where no kernel would use them.
+
+    fp32 arithmetic keeps fp32 panels (4 bytes per weight, whatever weight's dtype), bf16 arithmetic 2 bytes per weight.
+    """
+    if weight.device.type != "cpu" or dtype not in _DTYPES or weight.dtype not in _DTYPES or base_on_torch(dtype):
+        return None
+    N, K = weight.shape
+    weight = _strided(weight.detach())
+    panels = torch.empty(_C.packed_size(N, K, _DTYPES[dtype], _DTYPES[weight.dtype]), dtype=torch.float32)
+    _C.pack_weight(N, K, _matrix(weight), _DTYPES[dtype], panels.data_ptr(), torch.get_num_threads())
+    return panels
