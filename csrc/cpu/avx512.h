@@ -41,36 +41,41 @@ struct V {
   }
 
   // 16 x 16 in two strips of eight columns: rows i and 8 + i meet in one vector while they are loaded, then pairs, quads,
-  // and the 128-bit lanes that hold rows 0-3, 4-7 | 8-11, 12-15 of one column.
+  // and the 128-bit lanes that hold rows 0-3, 4-7 | 8-11, 12-15 of one column. Both halves of a cache line are loaded
+  // together: rows a power of two apart share one set of L1, which does not hold sixteen lines.
   static void load_transposed(const char* base, int64_t stride, T out[16]) {
     const __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), odd = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
     const char* below = base + 8 * stride;
-#pragma GCC unroll 2
-    for (int s = 0; s < 16; s += 8) {
-      T t[8], u[8];
+    const auto half = [](const char* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); };
+    T t[2][8];
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        const int64_t at = i * stride + s * 4;
-        t[i] = _mm512_castps256_ps512(_mm256_loadu_ps(reinterpret_cast<const float*>(base + at)));
-        t[i] = _mm512_insertf32x8(t[i], _mm256_loadu_ps(reinterpret_cast<const float*>(below + at)), 1);
+    for (int i = 0; i < 8; ++i)
+#pragma GCC unroll 2
+      for (int s = 0; s < 2; ++s) {
+        const int64_t at = i * stride + s * 32;
+        t[s][i] = _mm512_insertf32x8(_mm512_castps256_ps512(half(base + at)), half(below + at), 1);
       }
+#pragma GCC unroll 2
+    for (int s = 0; s < 2; ++s) {
+      T u[8];
 #pragma GCC unroll 4
       for (int i = 0; i < 8; i += 2) {
-        u[i] = _mm512_unpacklo_ps(t[i], t[i + 1]);
-        u[i + 1] = _mm512_unpackhi_ps(t[i], t[i + 1]);
+        u[i] = _mm512_unpacklo_ps(t[s][i], t[s][i + 1]);
+        u[i + 1] = _mm512_unpackhi_ps(t[s][i], t[s][i + 1]);
       }
+      T q[8];
 #pragma GCC unroll 2
       for (int i = 0; i < 8; i += 4) {
-        t[i] = _mm512_shuffle_ps(u[i], u[i + 2], 0x44);
-        t[i + 1] = _mm512_shuffle_ps(u[i], u[i + 2], 0xee);
-        t[i + 2] = _mm512_shuffle_ps(u[i + 1], u[i + 3], 0x44);
-        t[i + 3] = _mm512_shuffle_ps(u[i + 1], u[i + 3], 0xee);
+        q[i] = _mm512_shuffle_ps(u[i], u[i + 2], 0x44);
+        q[i + 1] = _mm512_shuffle_ps(u[i], u[i + 2], 0xee);
+        q[i + 2] = _mm512_shuffle_ps(u[i + 1], u[i + 3], 0x44);
+        q[i + 3] = _mm512_shuffle_ps(u[i + 1], u[i + 3], 0xee);
       }
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        const __m512d a = _mm512_castps_pd(t[j]), b = _mm512_castps_pd(t[4 + j]);
-        out[s + j] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, even, b));
-        out[s + 4 + j] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, odd, b));
+        const __m512d a = _mm512_castps_pd(q[j]), b = _mm512_castps_pd(q[4 + j]);
+        out[8 * s + j] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, even, b));
+        out[8 * s + 4 + j] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, odd, b));
       }
     }
   }

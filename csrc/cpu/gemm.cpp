@@ -9,7 +9,6 @@ constexpr int64_t kLeftBytes = 12 << 20;
 constexpr int64_t kFlushSteps = 256;  // blocks of the reduction are multiples of the micro-kernel's own flush
 constexpr int64_t kMostGroup = 4;     // panels that a tile of the left operand passes over while it is in L1 / L2
 constexpr int64_t kLine = 64;
-constexpr int64_t kPieceLines = 32;  // lines of a piece: about what the core can have in flight
 
 int64_t l2_bytes() {
   static const int64_t bytes = [] {
@@ -67,71 +66,24 @@ void UpPanels::pack(const Matrix& right, int64_t task) const {
   pack_right(k, k.f32, right, C, p0 * k.panel(), static_cast<int>(2 * (p1 - p0)), 0, r, Mask{}, data + p0 * r * k.panel(), r * k.lanes);
 }
 
-void PanelStream::start(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t C, int64_t p0, int64_t p1,
-                        int64_t k0, int64_t count, float* out, int64_t calls) {
-  k_ = &k, arithmetic_ = &arithmetic, right_ = right, C_ = C, p0_ = p0, p1_ = p1, k0_ = k0, count_ = count, out_ = out;
-  straight_ = right.col_stride == 1;
-  const int64_t line = kLine / size_of(right.dtype);  // elements
-  rows_ = straight_ ? std::max<int64_t>(2, kPieceLines / ceil_div((p1 - p0) * k.panel(), line) / 2 * 2)  // of all the panels
-                    : std::max<int64_t>(1, kPieceLines / k.lanes) * line;                             // of one vector
-  pieces_ = ceil_div(count, rows_) * (straight_ ? 1 : (p1 - p0) * 2);
-  done_ = 0;
-  per_call_ = ceil_div(pieces_, std::max<int64_t>(calls, 1));
-}
-
-PanelStream::Piece PanelStream::piece(int64_t index) const {
-  const int64_t along = ceil_div(count_, rows_), v = straight_ ? 0 : index / along, i = index % along * rows_;
-  const int vectors = straight_ ? static_cast<int>(2 * (p1_ - p0_)) : 1;
-  return {k0_ + i, std::min(rows_, count_ - i), p0_ * k_->panel() + v * k_->lanes, vectors, v};
-}
-
-void PanelStream::pack(int64_t index) const {
-  const Piece p = piece(index);
-  const int64_t stride = Steps(*k_, *arithmetic_, count_).vector;
-  float* out = out_ + p.vector * stride + (p.row - k0_) / arithmetic_->k_per_step * k_->lanes;
-  pack_right(*k_, *arithmetic_, right_, C_, p.col, p.vectors, p.row, p.rows, Mask{}, out, stride);
-}
-
-void PanelStream::fetch(int64_t index) const {
-  const Piece p = piece(index);
-  const int64_t row_end = p.row + p.rows, col_end = std::min(p.col + p.vectors * k_->lanes, C_);
-  const int64_t line = kLine / size_of(right_.dtype), row_step = straight_ ? 1 : line, col_step = straight_ ? line : 1;
-  for (int64_t i = p.row; i < row_end; i += row_step)
-    for (int64_t j = p.col; j < col_end; j += col_step) __builtin_prefetch(right_.at(i, j), 0, 2);
-}
-
-void PanelStream::some() {
-  const int64_t until = std::min(done_ + per_call_, pieces_);
-  for (; done_ < until; ++done_) pack(done_);
-  for (int64_t ahead = done_; ahead < std::min(done_ + per_call_, pieces_); ++ahead) fetch(ahead);
-}
-
-const float* PanelStream::all() {
-  for (; done_ < pieces_; ++done_) {
-    if (done_ + 1 < pieces_) fetch(done_ + 1);
-    pack(done_);
-  }
-  return out_;
-}
-
 void Product::plan(int threads) {
   const int64_t count = ceil_div(C, k.panel());
   const int64_t steps = Steps(k, arithmetic, R).count;
-  // Panels in use and panels being packed share half of L2.
-  const int64_t most_steps = std::max(kFlushSteps, l2_bytes() / 4 / (kMostGroup * k.panel() * 4) / kFlushSteps * kFlushSteps);
+  // Panels take half of L2. Kept panels come whole; those packed here come in blocks of
+  // the reduction, so that more of them pass over a tile of the left operand while it is near.
+  const int64_t wide = panels ? 1 : kMostGroup;
+  const int64_t most_steps = std::max(kFlushSteps, l2_bytes() / 2 / (wide * k.panel() * 4) / kFlushSteps * kFlushSteps);
   const int64_t block_steps = ceil_div(ceil_div(steps, ceil_div(steps, most_steps)), kFlushSteps) * kFlushSteps;
   k_block = std::min(block_steps * arithmetic.k_per_step, std::max<int64_t>(R, 1));
-  group = std::clamp<int64_t>(l2_bytes() / 4 / (std::min(block_steps, steps) * k.panel() * 4), 1, 2 * kMostGroup);
+  group = std::clamp<int64_t>(l2_bytes() / 2 / (std::min(block_steps, steps) * k.panel() * 4), 1, 2 * kMostGroup);
   group = std::clamp<int64_t>(count / (8 * threads), 1, group);  // enough groups for an even split
   groups = ceil_div(count, group);
   row_parts = groups >= 2 * threads ? 1 : std::min(tiles.count, ceil_div(2 * threads, groups));
 
   const bool one_block = !left || k_block >= R;
   packed_size = panels || !left ? 0 : group * std::min(block_steps, steps) * k.panel();
-  scratch_size = 2 * packed_size + (one_block ? 1 : group * ceil_div(tiles.count, row_parts)) * result_size();
+  scratch_size = packed_size + (one_block ? 1 : group * ceil_div(tiles.count, row_parts)) * result_size();
   scratch_size = ceil_div(scratch_size, 1024) * 1024 + 16;  // threads a page and a line apart
-  streams.resize(threads);
-  streaming.assign(threads, -1);
 }
 
 // c = what is there before the main product: nothing, or what `out` holds; and the low-rank tail, masked on its own.
@@ -149,7 +101,23 @@ void Product::finish(int64_t tile, int64_t panel, float* c) const {
   k.store_tile(c, static_cast<int>(tiles.size(tile)), static_cast<int>(std::min<int64_t>(C - col, k.panel())), b, from(out, row, col));
 }
 
-void Product::run(int64_t task, int64_t next, int thread) {
+// A share of the panels kept for the task after this one, on their way to L2.
+void Product::fetch_kept(int64_t task, int64_t share, int64_t shares) const {
+  if (!panels || task >= tasks()) return;
+  const int64_t size = Steps(k, arithmetic, R).vector * 2;
+  const char* begin = reinterpret_cast<const char*>(panels + first_panel(task) * size);
+  const int64_t lines = (last_panel(task) - first_panel(task)) * size * 4 / kLine;
+  for (int64_t i = lines * share / shares; i < lines * (share + 1) / shares; ++i) __builtin_prefetch(begin + i * kLine, 0, 2);
+}
+
+// The lines of `out` that a tile will be stored to.
+void Product::fetch_out(int64_t tile, int64_t panel) const {
+  const int64_t bytes = std::min<int64_t>(C - panel * k.panel(), k.panel()) * size_of(out.dtype);
+  for (int64_t i = tiles.start(tile); i < tiles.start(tile) + tiles.size(tile); ++i)
+    for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(out.at(i, panel * k.panel()) + b, 1, 2);
+}
+
+void Product::run(int64_t task, int64_t next, int thread) const {
   const Parts row_split(tiles.count, ceil_div(tiles.count, row_parts));
   const int64_t part = task % row_parts;
   if (part >= row_split.count) return;
@@ -163,36 +131,24 @@ void Product::run(int64_t task, int64_t next, int thread) {
   }
   const Steps steps(k, arithmetic, R);
   const bool one_block = k_block >= R;
-  float* packed = scratch + (thread + 1) * scratch_size - 2 * packed_size - 16;
-  PanelStream& stream = streams[thread];
+  float* packed = scratch + (thread + 1) * scratch_size - packed_size - 16;
   for (int64_t k0 = 0; k0 < R; k0 += k_block) {
     const int64_t count = std::min(k_block, R - k0), first = k0 / arithmetic.k_per_step;
     const Steps block_steps(k, arithmetic, count);
-    const float* block = nullptr;
     if (!panels) {
-      if (k0 == 0 && streaming[thread] != task) stream.start(k, arithmetic, right, C, p0, p1, 0, count, packed, 1);
-      block = stream.all();
-      float* other = block == packed ? packed + packed_size : packed;
-      const int64_t calls = (tile1 - tile0) * (p1 - p0) * ceil_div(block_steps.count, kFlushSteps), k1 = k0 + count;
-      if (k1 < R) {
-        stream.start(k, arithmetic, right, C, p0, p1, k1, std::min(k_block, R - k1), other, calls);
-      } else if (next < tasks()) {
-        stream.start(k, arithmetic, right, C, first_panel(next), last_panel(next), 0, std::min(k_block, R), other, calls);
-        streaming[thread] = next;
-      }
+      const int vectors = static_cast<int>(2 * (p1 - p0));
+      pack_right(k, arithmetic, right, C, p0 * k.panel(), vectors, k0, count, Mask{}, packed, block_steps.vector);
     }
     for (int64_t t = tile0; t < tile1; ++t) {
       const float* tile_left = left + t * steps.vector + first * k.lanes;
       for (int64_t p = p0; p < p1; ++p) {
         float* c = one_block ? results : results + ((t - tile0) * group + p - p0) * result_size();
-        const float* panel = panels ? panels + p * 2 * steps.vector + first * k.lanes : block + (p - p0) * 2 * block_steps.vector;
+        const float* panel = panels ? panels + p * 2 * steps.vector + first * k.lanes : packed + (p - p0) * 2 * block_steps.vector;
         const int64_t vector_stride = panels ? steps.vector : block_steps.vector;
         if (k0 == 0) start(t, p, c);
-        for (int64_t s = 0; s < block_steps.count; s += kFlushSteps) {
-          stream.some();
-          arithmetic.tile(static_cast<int>(tiles.size(t)), 2, tile_left + s * k.lanes, panel + s * k.lanes, vector_stride,
-                          std::min(kFlushSteps, block_steps.count - s), c, true);
-        }
+        if (k0 + count == R) fetch_out(t, p);
+        if (k0 == 0) fetch_kept(next, (t - tile0) * (p1 - p0) + p - p0, (tile1 - tile0) * (p1 - p0));
+        arithmetic.tile(static_cast<int>(tiles.size(t)), 2, tile_left, panel, vector_stride, block_steps.count, c, true);
         if (k0 + count == R) finish(t, p, c);
       }
     }

@@ -122,35 +122,6 @@ struct UpPanels {  // right (r, C)
   static constexpr int64_t kChunk = 8;
 };
 
-// Panels [p0, p1) of right (R, C), rows [k0, k0 + count): packed piece by piece between the tiles that use the previous ones,
-// each piece fetched one step ahead, so that a weight's way from memory is hidden behind arithmetic.
-class PanelStream {
- public:
-  void start(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t C, int64_t p0, int64_t p1, int64_t k0,
-             int64_t count, float* out, int64_t calls);
-  void some();         // the share of one of `calls` calls
-  const float* all();  // the rest, and where it begins
-
- private:
-  struct Piece {
-    int64_t row, rows, col;
-    int vectors;
-    int64_t vector;  // the first of them, counted from p0
-  };
-  Piece piece(int64_t index) const;
-  void pack(int64_t index) const;
-  void fetch(int64_t index) const;
-
-  const Kernels* k_ = nullptr;
-  const Arithmetic* arithmetic_ = nullptr;
-  Matrix right_;
-  int64_t C_ = 0, p0_ = 0, p1_ = 0, k0_ = 0, count_ = 0;
-  float* out_ = nullptr;
-  bool straight_ = false;
-  int64_t rows_ = 1;  // of a piece
-  int64_t pieces_ = 0, done_ = 0, per_call_ = 0;
-};
-
 // One block of rows of the product. `run(task, next, thread)` computes a group of columns for a range of the block's tiles.
 struct Product {
   const Kernels& k;
@@ -169,17 +140,17 @@ struct Product {
   // How `plan` splits it into tasks; `scratch` holds threads * scratch_size floats.
   int64_t group = 1, groups = 0, row_parts = 1, k_block = 0, packed_size = 0, scratch_size = 0;
   float* scratch = nullptr;
-  std::vector<PanelStream> streams = {};  // one per thread
-  std::vector<int64_t> streaming = {};    // the task whose first panels a thread's stream holds
 
   void plan(int threads);
   int64_t tasks() const { return groups * row_parts; }
-  void run(int64_t task, int64_t next, int thread);
+  void run(int64_t task, int64_t next, int thread) const;
 
  private:
   int64_t result_size() const { return k.rows * k.panel(); }
   int64_t first_panel(int64_t task) const { return task / row_parts * group; }
   int64_t last_panel(int64_t task) const { return std::min(first_panel(task) + group, ceil_div(C, k.panel())); }
+  void fetch_kept(int64_t task, int64_t share, int64_t shares) const;
+  void fetch_out(int64_t tile, int64_t panel) const;
   void finish(int64_t tile, int64_t panel, float* c) const;
   void start(int64_t tile, int64_t panel, float* c) const;
 };
