@@ -25,11 +25,7 @@ struct V {
   static T broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static T add(T a, T b) { return _mm256_add_ps(a, b); }
   static T fma(T a, T b, T c) { return _mm256_fmadd_ps(a, b, c); }
-  static float sum(T v) {
-    __m128 q = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
-    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
-  }
+  static void pin(T& v) { asm("" : "+x"(v)); }
   static T keep(T v, uint32_t bits) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i on = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
@@ -79,6 +75,15 @@ struct V {
       out[s + 2] = _mm256_shuffle_ps(b, d, 0x44);
       out[s + 3] = _mm256_shuffle_ps(b, d, 0xee);
     }
+  }
+
+  static T sums(const T v[8]) {
+    T q[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      q[i] = _mm256_hadd_ps(_mm256_hadd_ps(v[4 * i], v[4 * i + 1]), _mm256_hadd_ps(v[4 * i + 2], v[4 * i + 3]));
+    }
+    return _mm256_add_ps(_mm256_permute2f128_ps(q[0], q[1], 0x20), _mm256_permute2f128_ps(q[0], q[1], 0x31));
   }
 
   static U set(uint32_t v) { return _mm256_set1_epi32(static_cast<int>(v)); }

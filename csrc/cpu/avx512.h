@@ -13,7 +13,7 @@ struct V {
   static T broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static T add(T a, T b) { return _mm512_add_ps(a, b); }
   static T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
-  static float sum(T v) { return _mm512_reduce_add_ps(v); }
+  static void pin(T& v) { asm("" : "+v"(v)); }
   static T keep(T v, uint32_t bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v); }
 
   static T load_bf16(const uint16_t* p) {
@@ -78,6 +78,21 @@ struct V {
         out[8 * s + 4 + j] = _mm512_castpd_ps(_mm512_permutex2var_pd(a, odd, b));
       }
     }
+  }
+
+  static T sums(const T v[16]) {
+    T p[8], q[4], r[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) p[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      q[i] = _mm512_add_ps(_mm512_shuffle_ps(p[2 * i], p[2 * i + 1], 0x44), _mm512_shuffle_ps(p[2 * i], p[2 * i + 1], 0xee));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      r[i] = _mm512_add_ps(_mm512_shuffle_f32x4(q[2 * i], q[2 * i + 1], 0x88), _mm512_shuffle_f32x4(q[2 * i], q[2 * i + 1], 0xdd));
+    }
+    return _mm512_add_ps(_mm512_shuffle_f32x4(r[0], r[1], 0x88), _mm512_shuffle_f32x4(r[0], r[1], 0xdd));
   }
 
   static U set(uint32_t v) { return _mm512_set1_epi32(static_cast<int>(v)); }

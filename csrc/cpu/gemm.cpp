@@ -8,6 +8,7 @@ namespace {
 constexpr int64_t kLeftBytes = 12 << 20;
 constexpr int64_t kFlushSteps = 256;  // blocks of the reduction are multiples of the micro-kernel's own flush
 constexpr int64_t kMostGroup = 4;     // panels that a tile of the left operand passes over while it is in L1 / L2
+constexpr int64_t kKeptSteps = 1024;  // block of the reduction in kept panels
 constexpr int64_t kLine = 64;
 
 int64_t l2_bytes() {
@@ -51,6 +52,19 @@ void pack_left(const Kernels& k, const Arithmetic& arithmetic, const Matrix& lef
   arithmetic.pack_transposed(from(left, i, 0), static_cast<int>(std::min<int64_t>(k.lanes, M - i)), R, mask, out);
 }
 
+void pack_kept(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t R, int64_t C, float* panels, int threads) {
+  const int64_t block = kKeptSteps * arithmetic.k_per_step, count = ceil_div(C, k.panel());
+  Tasks tasks(count * ceil_div(R, block));
+  parallel(threads, [&](int) {
+    tasks.run([&](int64_t task) {
+      const int64_t k0 = task / count * block, p = task % count;
+      const Steps steps(k, arithmetic, std::min(block, R - k0));
+      float* out = panels + k0 / arithmetic.k_per_step * k.panel() * count + p * 2 * steps.vector;
+      pack_right(k, arithmetic, right, C, p * k.panel(), 2, k0, std::min(block, R - k0), Mask{}, out, steps.vector);
+    });
+  });
+}
+
 void DownPanels::pack(const Matrix& right, int64_t task) const {
   const int64_t k0 = task * kChunk;
   const int vectors = static_cast<int>(ceil_div(r, k.lanes));
@@ -58,7 +72,7 @@ void DownPanels::pack(const Matrix& right, int64_t task) const {
 }
 
 void DownPanels::multiply(const float* left, int rows, int64_t j, float* c) const {
-  k.f32.tile(rows, r - j > k.lanes ? 2 : 1, left, data + j * R, R * k.lanes, R, c, false);
+  k.f32.tile(rows, r - j > k.lanes ? 2 : 1, left, data + j * R, R * k.lanes, R, c, false, {});
 }
 
 void UpPanels::pack(const Matrix& right, int64_t task) const {
@@ -69,13 +83,13 @@ void UpPanels::pack(const Matrix& right, int64_t task) const {
 void Product::plan(int threads) {
   const int64_t count = ceil_div(C, k.panel());
   const int64_t steps = Steps(k, arithmetic, R).count;
-  // Panels take half of L2. Kept panels come whole; those packed here come in blocks of
-  // the reduction, so that more of them pass over a tile of the left operand while it is near.
-  const int64_t wide = panels ? 1 : kMostGroup;
-  const int64_t most_steps = std::max(kFlushSteps, l2_bytes() / 2 / (wide * k.panel() * 4) / kFlushSteps * kFlushSteps);
-  const int64_t block_steps = ceil_div(ceil_div(steps, ceil_div(steps, most_steps)), kFlushSteps) * kFlushSteps;
+  // Panels take half of L2. They come in blocks of the reduction, so that several of them pass over a tile of the left operand
+  // while it is near.
+  const int64_t most_steps = panels ? kKeptSteps
+                                    : std::max(kFlushSteps, l2_bytes() / 2 / (kMostGroup * k.panel() * 4) / kFlushSteps * kFlushSteps);
+  const int64_t block_steps = panels ? kKeptSteps : ceil_div(ceil_div(steps, ceil_div(steps, most_steps)), kFlushSteps) * kFlushSteps;
   k_block = std::min(block_steps * arithmetic.k_per_step, std::max<int64_t>(R, 1));
-  group = std::clamp<int64_t>(l2_bytes() / 2 / (std::min(block_steps, steps) * k.panel() * 4), 1, 2 * kMostGroup);
+  group = std::clamp<int64_t>(l2_bytes() / 2 / (std::min(block_steps, steps) * k.panel() * 4), 1, panels ? kMostGroup : 2 * kMostGroup);
   group = std::clamp<int64_t>(count / (8 * threads), 1, group);  // enough groups for an even split
   groups = ceil_div(count, group);
   row_parts = groups >= 2 * threads ? 1 : std::min(tiles.count, ceil_div(2 * threads, groups));
@@ -84,6 +98,25 @@ void Product::plan(int threads) {
   packed_size = panels || !left ? 0 : group * std::min(block_steps, steps) * k.panel();
   scratch_size = packed_size + (one_block ? 1 : group * ceil_div(tiles.count, row_parts)) * result_size();
   scratch_size = ceil_div(scratch_size, 1024) * 1024 + 16;  // threads a page and a line apart
+}
+
+// Kept panels lie in the order of their use: [block of the reduction][panel][2][step][lanes].
+const float* Product::kept(int64_t panel, int64_t k0) const {
+  const int64_t before = k0 / arithmetic.k_per_step * k.panel() * ceil_div(C, k.panel());
+  return panels + before + panel * 2 * Steps(k, arithmetic, std::min(k_block, R - k0)).vector;
+}
+
+// The share of one of `shares` tiles in bringing up the panels kept for the block after k0, of this task or the next.
+Ahead Product::upcoming(int64_t task, int64_t next, int64_t k0, int64_t share, int64_t shares) const {
+  if (!panels) return {};
+  const int64_t steps = Steps(k, arithmetic, std::min(k_block, R - k0)).count;
+  k0 += k_block;
+  if (k0 >= R) k0 = 0, task = next;
+  if (task >= tasks()) return {};
+  const char* begin = reinterpret_cast<const char*>(kept(first_panel(task), k0));
+  const int64_t vectors = 2 * (last_panel(task) - first_panel(task));
+  const int64_t bytes = vectors * Steps(k, arithmetic, std::min(k_block, R - k0)).vector * 4;
+  return {begin + bytes * share / shares, ceil_div(bytes, shares * steps)};
 }
 
 // c = what is there before the main product: nothing, or what `out` holds; and the low-rank tail, masked on its own.
@@ -99,15 +132,6 @@ void Product::finish(int64_t tile, int64_t panel, float* c) const {
   const int64_t row = tiles.start(tile), col = panel * k.panel();
   const Matrix b = bias.data ? from(bias, 0, col) : Matrix{};
   k.store_tile(c, static_cast<int>(tiles.size(tile)), static_cast<int>(std::min<int64_t>(C - col, k.panel())), b, from(out, row, col));
-}
-
-// A share of the panels kept for the task after this one, on their way to L2.
-void Product::fetch_kept(int64_t task, int64_t share, int64_t shares) const {
-  if (!panels || task >= tasks()) return;
-  const int64_t size = Steps(k, arithmetic, R).vector * 2;
-  const char* begin = reinterpret_cast<const char*>(panels + first_panel(task) * size);
-  const int64_t lines = (last_panel(task) - first_panel(task)) * size * 4 / kLine;
-  for (int64_t i = lines * share / shares; i < lines * (share + 1) / shares; ++i) __builtin_prefetch(begin + i * kLine, 0, 2);
 }
 
 // The lines of `out` that a tile will be stored to.
@@ -143,12 +167,11 @@ void Product::run(int64_t task, int64_t next, int thread) const {
       const float* tile_left = left + t * steps.vector + first * k.lanes;
       for (int64_t p = p0; p < p1; ++p) {
         float* c = one_block ? results : results + ((t - tile0) * group + p - p0) * result_size();
-        const float* panel = panels ? panels + p * 2 * steps.vector + first * k.lanes : packed + (p - p0) * 2 * block_steps.vector;
-        const int64_t vector_stride = panels ? steps.vector : block_steps.vector;
+        const float* panel = panels ? kept(p, k0) : packed + (p - p0) * 2 * block_steps.vector;
         if (k0 == 0) start(t, p, c);
         if (k0 + count == R) fetch_out(t, p);
-        if (k0 == 0) fetch_kept(next, (t - tile0) * (p1 - p0) + p - p0, (tile1 - tile0) * (p1 - p0));
-        arithmetic.tile(static_cast<int>(tiles.size(t)), 2, tile_left, panel, vector_stride, block_steps.count, c, true);
+        arithmetic.tile(static_cast<int>(tiles.size(t)), 2, tile_left, panel, block_steps.vector, block_steps.count, c, true,
+                        upcoming(task, next, k0, (t - tile0) * (p1 - p0) + p - p0, (tile1 - tile0) * (p1 - p0)));
         if (k0 + count == R) finish(t, p, c);
       }
     }

@@ -84,6 +84,9 @@ int useful_threads(int threads, int64_t multiply_adds);
 void pack_right(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t C, int64_t j, int vectors, int64_t k0,
                 int64_t count, Mask mask, float* out, int64_t vector_stride);
 
+// Packs the whole of right (R, C) into panels to keep (Product::panels).
+void pack_kept(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t R, int64_t C, float* panels, int threads);
+
 // Packs a tile of left (M, R) that begins at row i. Where M goes on behind the tile the vector is filled with what follows:
 // lanes beyond the tile's rows are never used, and a full vector packs fastest.
 void pack_left(const Kernels& k, const Arithmetic& arithmetic, const Matrix& left, int64_t M, int64_t i, int64_t R, Mask mask, float* out);
@@ -116,7 +119,7 @@ struct UpPanels {  // right (r, C)
   void pack(const Matrix& right, int64_t task) const;
   // c = left · columns of a panel, left [r][lanes]
   void multiply(const float* left, int rows, int64_t panel, float* c) const {
-    k.f32.tile(rows, 2, left, data + panel * r * k.panel(), r * k.lanes, r, c, false);
+    k.f32.tile(rows, 2, left, data + panel * r * k.panel(), r * k.lanes, r, c, false, {});
   }
 
   static constexpr int64_t kChunk = 8;
@@ -149,7 +152,8 @@ struct Product {
   int64_t result_size() const { return k.rows * k.panel(); }
   int64_t first_panel(int64_t task) const { return task / row_parts * group; }
   int64_t last_panel(int64_t task) const { return std::min(first_panel(task) + group, ceil_div(C, k.panel())); }
-  void fetch_kept(int64_t task, int64_t share, int64_t shares) const;
+  const float* kept(int64_t panel, int64_t k0) const;
+  Ahead upcoming(int64_t task, int64_t next, int64_t k0, int64_t share, int64_t shares) const;
   void fetch_out(int64_t tile, int64_t panel) const;
   void finish(int64_t tile, int64_t panel, float* c) const;
   void start(int64_t tile, int64_t panel, float* c) const;

@@ -25,7 +25,7 @@ struct V {
   static T broadcast(const float* p) { return T{*p, *p, *p, *p}; }
   static T add(T a, T b) { return a + b; }
   static T fma(T a, T b, T c) { return a * b + c; }
-  static float sum(T v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+  static void pin(T&) {}
   static T keep(T v, uint32_t bits) {
     const Bits lane = {1, 2, 4, 8};
     return reinterpret_cast<T>(reinterpret_cast<Bits>(v) & reinterpret_cast<Bits>((bits & lane) == lane));
@@ -80,6 +80,12 @@ struct V {
       const T row = load(reinterpret_cast<const float*>(base + i * stride));
       for (int j = 0; j < kLanes; ++j) out[j][i] = row[j];
     }
+  }
+
+  static T sums(const T v[4]) {
+    T total{};
+    for (int i = 0; i < kLanes; ++i) total[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
+    return total;
   }
 
   static U set(uint32_t v) { return v; }

@@ -35,6 +35,12 @@ struct Mask {
   }
 };
 
+// Memory that a tile brings to L2 as it goes, `step` bytes further at each step, for whoever comes next.
+struct Ahead {
+  const char* from = nullptr;
+  int64_t step = 0;
+};
+
 // How one element type of L and R is packed and multiplied: fp32 arithmetic on widened elements, or bf16 pairs.
 struct Arithmetic {
   int k_per_step;
@@ -44,7 +50,7 @@ struct Arithmetic {
   void (*pack_straight)(const Matrix& src, int64_t cols, int64_t k, Mask mask, float* out, int vectors, int64_t vector_stride);
   // c[i][j] (+)= Σ_step left[step][i] · panel[step][j], over one or two vectors of columns, vector_stride apart
   void (*tile)(int rows, int vectors, const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c,
-               bool accumulate);
+               bool accumulate, Ahead ahead);
 };
 
 struct Kernels {
@@ -54,7 +60,8 @@ struct Kernels {
   Arithmetic f32;
   Arithmetic bf16;  // tile null: this ISA has no bf16 product, f32 serves
   // c[i][j] += Σ_k left[i][k] · right[j][k] for `rows` <= kDotRows and `cols` <= 2·lanes, straight from the right operand's
-  // rows. `left` is fp32 in the order that `dot_order` gives for right's element type, zero-padded to 2·lanes.
+  // rows. `left` is fp32 in the order that `dot_order` gives for right's element type, zero-padded to 2·lanes; it and c have
+  // room for `rows` rounded up to a power of two.
   void (*dot)(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c);
   void (*dot_order)(const Matrix& src, int64_t k, Mask mask, DType right, float* out);
   // y[i][j] = c[i][j] + bias[j], rounded once to y's type

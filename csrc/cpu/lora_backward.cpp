@@ -40,7 +40,7 @@ struct RowReduction {
       for (int64_t p = p0; p < p1; ++p)
         for (int64_t t = 0; t < tiles.count; ++t) {
           k.f32.tile(static_cast<int>(tiles.size(t)), 2, left + left_at(t, m, M), packed + (p - p0) * rows * k.panel(),
-                     rows * k.lanes, rows, sum(p, tiles.start(t)), !first_block || m > 0);
+                     rows * k.lanes, rows, sum(p, tiles.start(t)), !first_block || m > 0, {});
         }
     }
   }

@@ -100,12 +100,12 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
   const int64_t stride = ceil_div(p.K, k.panel()) * k.panel();
   const bool same = !p.dropout.threshold && (p.lora_A.dtype == DType::bf16) == (p.weight.dtype == DType::bf16);
   const int64_t words = p.dropout.threshold ? mask_words(p.K) : 0;
-  const Parts tiles(p.M, std::min(kDotRows, k.rows));
+  const Parts tiles(p.M, std::min({kDotRows, k.rows, k.lanes}));
 
   Workspace workspace;
   const UpPanels b(k, p.r, p.N, workspace);
-  float* left = workspace.floats(p.M * stride);
-  float* dropped = same ? left : workspace.floats(p.M * stride);
+  float* left = workspace.floats((p.M + kDotRows) * stride);  // rows that `dot` rounds up to are read, not used
+  float* dropped = same ? left : workspace.floats((p.M + kDotRows) * stride);
   uint32_t* bits = workspace.words(p.M * words);
   float* tail_left = workspace.floats(tiles.count * p.r * k.lanes);
   const int64_t panels = ceil_div(p.N, k.panel()), r_panels = ceil_div(p.r, k.panel());
@@ -174,14 +174,7 @@ int64_t packed_size(const Kernels& k, int64_t N, int64_t K, DType x, DType weigh
 
 void pack_weight(const Matrix& weight, int64_t N, int64_t K, DType x, float* panels, int threads) {
   const Kernels& k = kernels();
-  const Arithmetic& arithmetic = arithmetic_of(k, x, weight.dtype);
-  const int64_t stride = Steps(k, arithmetic, K).vector;
-  Tasks tasks(ceil_div(N, k.panel()));
-  parallel(threads, [&](int) {
-    tasks.run([&](int64_t p) {
-      pack_right(k, arithmetic, transposed(weight), N, p * k.panel(), 2, 0, K, Mask{}, panels + p * 2 * stride, stride);
-    });
-  });
+  pack_kept(k, arithmetic_of(k, x, weight.dtype), transposed(weight), K, N, panels, threads);
 }
 
 void dropout_mask(const Dropout& dropout, int64_t rows, int64_t cols, uint32_t* words) {

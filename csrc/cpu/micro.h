@@ -1,8 +1,8 @@
 // The micro-kernels, written once over a vector type. Each ISA file includes this inside its `#pragma GCC target` region
 // and its own namespace (no include guard: that is the point), after defining
 //
-//     struct V { T, kLanes, kRows; zero load store broadcast add fma sum; keep (lanes whose bit is set);
-//                load_bf16 load_f16 store_bf16 store_f16; split (dwords of two bf16 into even and odd elements);
+//     struct V { T, kLanes, kRows; zero load store broadcast add fma; pin (to a register); keep (lanes whose bit is set);
+//                load_bf16 load_f16 store_bf16 store_f16; sums (lane i of the result: all lanes of vector i added up); split (dwords of two bf16 into even and odd elements);
 //                load_transposed (kLanes x kLanes dwords); U and the dropout generator's integer steps }
 //
 // Tile budget: kRows x 2 accumulators + 2 panel vectors + 1 broadcast fill the register file (14 x 2 + 3 = 31 of 32 with
@@ -20,7 +20,7 @@ struct F32 {
 };
 
 template <class Op, int kTileRows, int kVectors>
-void tile_of(const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c, bool accumulate) {
+void tile_of(const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c, bool accumulate, Ahead ahead) {
   using T = typename V::T;
   do {
     const int64_t block = steps < kFlush ? steps : kFlush;
@@ -37,6 +37,8 @@ void tile_of(const float* left, const float* panel, int64_t vector_stride, int64
         __builtin_prefetch(panel + v * vector_stride + kAhead * kLanes);
       }
       __builtin_prefetch(left + kAhead * kLanes);
+      __builtin_prefetch(ahead.from, 0, 2);
+      ahead.from += ahead.step;
 #pragma GCC unroll 16
       for (int i = 0; i < kTileRows; ++i) {
         const T a = V::broadcast(left + i);
@@ -60,13 +62,14 @@ void tile_of(const float* left, const float* panel, int64_t vector_stride, int64
 
 template <class Op, int kTileRows = V::kRows>
 void tile(int rows, int vectors, const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c,
-          bool accumulate) {
+          bool accumulate, Ahead ahead) {
   if constexpr (kTileRows > 0) {
     if (rows != kTileRows) {
-      return tile<Op, kTileRows - 1>(rows, vectors, left, panel, vector_stride, steps, c, accumulate);
+      return tile<Op, kTileRows - 1>(rows, vectors, left, panel, vector_stride, steps, c, accumulate, ahead);
     }
-    vectors == 1 ? tile_of<Op, kTileRows, 1>(left, panel, vector_stride, steps, c, accumulate)
-                 : tile_of<Op, kTileRows, 2>(left, panel, vector_stride, steps, c, accumulate);
+    if (!ahead.from) ahead.from = reinterpret_cast<const char*>(left);  // near already: costs a load slot and nothing else
+    vectors == 1 ? tile_of<Op, kTileRows, 1>(left, panel, vector_stride, steps, c, accumulate, ahead)
+                 : tile_of<Op, kTileRows, 2>(left, panel, vector_stride, steps, c, accumulate, ahead);
   }
 }
 
@@ -186,53 +189,62 @@ inline void dot_order(const Matrix& src, int64_t k, Mask mask, DType right, floa
   }
 }
 
+// kLeft x kRight sums, kLanes of them wherever kRight is kLanes / kLeft: then one transposing tree adds up all their lanes.
 template <DType kType, int kLeft, int kRight>
 void dot_rows(const float* left, int64_t left_stride, const Matrix& right, int64_t k, float* c) {
   using T = typename V::T;
-  T acc[kLeft][kRight];
+  constexpr int kChains = 2 * kLeft * kRight <= kLanes ? 2 : 1;  // independent sums, while there are registers
+  T acc[kChains][kLanes];
+#pragma GCC unroll 2
+  for (int h = 0; h < kChains; ++h)
 #pragma GCC unroll 16
-  for (int i = 0; i < kLeft; ++i)
-#pragma GCC unroll 16
-    for (int j = 0; j < kRight; ++j) acc[i][j] = V::zero();
-  const char* row[kRight];
-#pragma GCC unroll 16
-  for (int j = 0; j < kRight; ++j) row[j] = right.at(j, 0);
+    for (int a = 0; a < kLanes; ++a) acc[h][a] = V::zero();
+  const char* row = right.at(0, 0);
+  const int64_t stride = right.row_stride * size_of(kType);
 
-  auto step = [&](const char* const* rows, int64_t at, int64_t k0) __attribute__((always_inline)) {
+  const auto step = [&](const char* from, int64_t from_stride, int64_t k0) __attribute__((always_inline)) {
     T a[kRight], b[kRight];
 #pragma GCC unroll 16
-    for (int j = 0; j < kRight; ++j) load_two<kType>(rows[j], at, a[j], b[j]);
+    for (int j = 0; j < kRight; ++j) {
+      load_two<kType>(from + j * from_stride, 0, a[j], b[j]);
+      // With few left rows the hardware's own prefetch of kRight streams is best; with more, the next rows' turn comes late.
+      if (kLeft >= 8) __builtin_prefetch(from + (kRight + j) * from_stride, 0, 2);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < kLeft; ++i) {
-      const T x0 = V::load(left + i * left_stride + k0), x1 = V::load(left + i * left_stride + k0 + kLanes);
+      T x0 = V::load(left + i * left_stride + k0), x1 = V::load(left + i * left_stride + k0 + kLanes);
+      if (kRight > 1) V::pin(x0), V::pin(x1);  // one load for kRight multiply-adds, not one each
 #pragma GCC unroll 16
-      for (int j = 0; j < kRight; ++j) acc[i][j] = V::fma(x1, b[j], V::fma(x0, a[j], acc[i][j]));
+      for (int j = 0; j < kRight; ++j) {
+        T& first = acc[0][i * kRight + j];
+        T& second = acc[kChains - 1][i * kRight + j];
+        first = V::fma(x0, a[j], first);
+        second = V::fma(x1, b[j], second);
+      }
     }
   };
   int64_t k0 = 0;
-  for (; k0 + kPanel <= k; k0 += kPanel) step(row, k0, k0);
+  for (; k0 + kPanel <= k; k0 += kPanel) step(row + k0 * size_of(kType), stride, k0);
   if (k0 < k) {
     alignas(64) char part[kRight][kPanel * 4] = {};
-    const char* parts[kRight];
-    for (int j = 0; j < kRight; ++j) {
-      std::memcpy(part[j], row[j] + k0 * size_of(kType), (k - k0) * size_of(kType));
-      parts[j] = part[j];
-    }
-    step(parts, 0, k0);
+    for (int j = 0; j < kRight; ++j) std::memcpy(part[j], row + j * stride + k0 * size_of(kType), (k - k0) * size_of(kType));
+    step(part[0], sizeof part[0], k0);
   }
+  alignas(64) float sums[kLanes];
+  if (kChains == 2) {
+#pragma GCC unroll 16
+    for (int a = 0; a < kLeft * kRight; ++a) acc[0][a] = V::add(acc[0][a], acc[kChains - 1][a]);
+  }
+  V::store(sums, V::sums(acc[0]));
 #pragma GCC unroll 16
   for (int i = 0; i < kLeft; ++i)
 #pragma GCC unroll 16
-    for (int j = 0; j < kRight; ++j) c[i * kPanel + j] += V::sum(acc[i][j]);
+    for (int j = 0; j < kRight; ++j) c[i * kPanel + j] += sums[i * kRight + j];
 }
-
-// Right rows that go together: as many as the accumulators allow beside kLeft left rows.
-template <int kLeft>
-constexpr int kDotRight = kLeft <= 2 ? (kLanes == 16 ? 8 : 4) : kLeft <= 4 ? (kLanes == 16 ? 4 : 2) : (kLanes == 16 ? 2 : 1);
 
 template <DType kType, int kLeft>
 void dot_left(const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c) {
-  constexpr int kRight = kDotRight<kLeft>;
+  constexpr int kRight = kLeft == 1 ? 2 : kLanes / kLeft;
   int j = 0;
   Matrix rows = right;
   for (; j + kRight <= cols; j += kRight) {
@@ -245,11 +257,12 @@ void dot_left(const float* left, int64_t left_stride, const Matrix& right, int c
   }
 }
 
-template <DType kType, int kLeft = kDotRows>
+// Left rows are taken in powers of two: `left` holds that many.
+template <DType kType, int kLeft = 1>
 void dot_as(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c) {
-  if constexpr (kLeft > 0) {
-    if (rows == kLeft) return dot_left<kType, kLeft>(left, left_stride, right, cols, k, c);
-    dot_as<kType, kLeft - 1>(rows, left, left_stride, right, cols, k, c);
+  if constexpr (kLeft <= kLanes && kLeft <= kDotRows) {
+    if (rows <= kLeft) return dot_left<kType, kLeft>(left, left_stride, right, cols, k, c);
+    dot_as<kType, 2 * kLeft>(rows, left, left_stride, right, cols, k, c);
   }
 }
 
