@@ -22,35 +22,60 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-Dropout dropout(uint64_t seed, uint32_t threshold, float keep_scale) { return {seed, threshold, keep_scale}; }
+Dropout dropout(uint64_t seed, uint32_t threshold, float keep_scale) {
+  return {seed, threshold, keep_scale};
+}
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of lora_ops. Not a public interface.";
 
-  m.def(
-      "lora_forward",
-      [](int64_t M, int64_t K, int64_t N, int64_t r, py::object x, py::object weight, uintptr_t panels, py::object lora_A,
-         py::object lora_B, py::object bias, float scaling, uint64_t seed, uint32_t threshold, float keep_scale, py::object y,
-         uintptr_t S, int threads) {
-        const LoraForward p{M, K, N, r, matrix(x), matrix(weight), pointer<const float>(panels), matrix(lora_A), matrix(lora_B),
-                            matrix(bias), scaling, dropout(seed, threshold, keep_scale), matrix(y), pointer<float>(S), threads};
-        py::gil_scoped_release release;
-        lora_forward(p);
-      });
+  m.def("lora_forward", [](int64_t M, int64_t K, int64_t N, int64_t r, py::object x, py::object weight, uintptr_t panels,
+                           py::object lora_A, py::object lora_B, py::object bias, float scaling, uint64_t seed,
+                           uint32_t threshold, float keep_scale, py::object y, uintptr_t S, int threads) {
+    const LoraForward p{M,
+                        K,
+                        N,
+                        r,
+                        matrix(x),
+                        matrix(weight),
+                        pointer<const float>(panels),
+                        matrix(lora_A),
+                        matrix(lora_B),
+                        matrix(bias),
+                        scaling,
+                        dropout(seed, threshold, keep_scale),
+                        matrix(y),
+                        pointer<float>(S),
+                        threads};
+    py::gil_scoped_release release;
+    lora_forward(p);
+  });
 
-  m.def(
-      "lora_backward",
-      [](int64_t M, int64_t K, int64_t N, int64_t r, py::object dy, py::object x, py::object weight, py::object lora_A,
-         py::object lora_B, uintptr_t S, float scaling, uint64_t seed, uint32_t threshold, float keep_scale, py::object dx,
-         py::object dA, py::object dB, py::object dbias, int threads) {
-        const LoraBackward p{M, K, N, r, matrix(dy), matrix(x), matrix(weight), matrix(lora_A), matrix(lora_B),
-                             pointer<const float>(S), scaling, dropout(seed, threshold, keep_scale), matrix(dx), matrix(dA),
-                             matrix(dB), matrix(dbias), threads};
-        py::gil_scoped_release release;
-        lora_backward(p);
-      });
+  m.def("lora_backward", [](int64_t M, int64_t K, int64_t N, int64_t r, py::object dy, py::object x, py::object weight,
+                            py::object lora_A, py::object lora_B, uintptr_t S, float scaling, uint64_t seed, uint32_t threshold,
+                            float keep_scale, py::object dx, py::object dA, py::object dB, py::object dbias, int threads) {
+    const LoraBackward p{M,
+                         K,
+                         N,
+                         r,
+                         matrix(dy),
+                         matrix(x),
+                         matrix(weight),
+                         matrix(lora_A),
+                         matrix(lora_B),
+                         pointer<const float>(S),
+                         scaling,
+                         dropout(seed, threshold, keep_scale),
+                         matrix(dx),
+                         matrix(dA),
+                         matrix(dB),
+                         matrix(dbias),
+                         threads};
+    py::gil_scoped_release release;
+    lora_backward(p);
+  });
 
   m.def("packed_size", [](int64_t N, int64_t K, int x, int weight) {
     return packed_size(kernels(), N, K, static_cast<DType>(x), static_cast<DType>(weight));
@@ -62,6 +87,20 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("dropout_mask", [](int64_t rows, int64_t cols, uint64_t seed, uint32_t threshold, uintptr_t words) {
     dropout_mask(dropout(seed, threshold, 1.f), rows, cols, pointer<uint32_t>(words));
+  });
+
+  // The bench's bounds: run `iterations` of the widest multiply-add loop of an arithmetic (its flops are returned), or read
+  // memory in order.
+  m.def("multiply_adds", [](bool bf16, int64_t iterations) {
+    const Kernels& k = kernels();
+    const Arithmetic& arithmetic = bf16 && k.bf16.tile ? k.bf16 : k.f32;
+    py::gil_scoped_release release;
+    arithmetic.multiply_adds(iterations);
+    return iterations * k.rows * 2 * k.lanes * 2 * arithmetic.k_per_step;
+  });
+  m.def("read_all", [](uintptr_t address, int64_t count) {
+    py::gil_scoped_release release;
+    return kernels().read_all(pointer<const float>(address), count);
   });
 
   m.def("isa", [] { return std::string(kernels().name); });

@@ -9,7 +9,9 @@ namespace lora_ops {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-constexpr int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+constexpr int64_t size_of(DType t) {
+  return t == DType::f32 ? 4 : 2;
+}
 
 // A matrix in memory. Strides are in elements; one of the two is 1, except where `data` is null (matrix absent).
 struct Matrix {
@@ -33,16 +35,16 @@ struct Dropout {
 // S = drop(x) Aᵀ ;  y = x W0ᵀ + scaling · S Bᵀ + bias
 struct LoraForward {
   int64_t M, K, N, r;
-  Matrix x;         // (M, K)
-  Matrix weight;    // (N, K); data null: y already holds x W0ᵀ
+  Matrix x;                       // (M, K)
+  Matrix weight;                  // (N, K); data null: y already holds x W0ᵀ
   const float* panels = nullptr;  // weight in packed panels (pack_weight), or null
-  Matrix lora_A;    // (r, K)
-  Matrix lora_B;    // (N, r)
-  Matrix bias;      // (1, N) or absent
+  Matrix lora_A;                  // (r, K)
+  Matrix lora_B;                  // (N, r)
+  Matrix bias;                    // (1, N) or absent
   float scaling;
   Dropout dropout;
-  Matrix y;         // (M, N), x's dtype
-  float* S;         // (M, r)
+  Matrix y;  // (M, N), x's dtype
+  float* S;  // (M, r)
   int threads;
 };
 
@@ -50,18 +52,18 @@ struct LoraForward {
 // An absent output is not computed; an input that only absent outputs need may be absent too.
 struct LoraBackward {
   int64_t M, K, N, r;
-  Matrix dy;        // (M, N)
-  Matrix x;         // (M, K)
-  Matrix weight;    // (N, K); data null: dx already holds dy W0
-  Matrix lora_A;    // (r, K)
-  Matrix lora_B;    // (N, r)
-  const float* S;   // (M, r)
+  Matrix dy;       // (M, N)
+  Matrix x;        // (M, K)
+  Matrix weight;   // (N, K); data null: dx already holds dy W0
+  Matrix lora_A;   // (r, K)
+  Matrix lora_B;   // (N, r)
+  const float* S;  // (M, r)
   float scaling;
   Dropout dropout;
-  Matrix dx;        // (M, K), dy's dtype
-  Matrix dA;        // (r, K)
-  Matrix dB;        // (N, r)
-  Matrix dbias;     // (1, N)
+  Matrix dx;     // (M, K), dy's dtype
+  Matrix dA;     // (r, K)
+  Matrix dB;     // (N, r)
+  Matrix dbias;  // (1, N)
   int threads;
 };
 

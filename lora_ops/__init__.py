@@ -4,9 +4,24 @@ import torch  # noqa: F401  (before _C: the extension shares torch's OpenMP runt
 
 from . import reference
 from ._version import __version__
+from .adapters import LoraConfig, add_lora, lora_layers, lora_parameters, merge_lora, remove_lora, unmerge_lora
 from .build_info import build_info
 from .functional import lora_linear
 from .nn.linear import FusedLoraLinear
 from .ops import pack_weight
 
-__all__ = ["FusedLoraLinear", "__version__", "build_info", "lora_linear", "pack_weight", "reference"]
+__all__ = [
+    "FusedLoraLinear",
+    "LoraConfig",
+    "__version__",
+    "add_lora",
+    "build_info",
+    "lora_layers",
+    "lora_linear",
+    "lora_parameters",
+    "merge_lora",
+    "pack_weight",
+    "reference",
+    "remove_lora",
+    "unmerge_lora",
+]

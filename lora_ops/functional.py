@@ -51,9 +51,11 @@ def lora_linear(
         ValueError: a shape, device, scaling or dropout_p that does not fit, or a weight that requires grad.
         TypeError: a dtype that does not fit.
     """
-    ops.check_frozen(weight)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype.is_floating_point and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if torch.is_grad_enabled():
+        ops.check_frozen(weight)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
         if panels is None and weight.dtype not in (x.dtype, torch.float32):
             weight = weight.to(x.dtype)
         if bias is not None and bias.dtype not in (x.dtype, torch.float32):
@@ -62,6 +64,7 @@ def lora_linear(
             lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     seed = None
     if training and dropout_p != 0.0:
+        ops.check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)  # before the generator moves
         seed = torch.randint(0, 2**62, (), dtype=torch.int64, device=x.device)
-    y, _ = torch.ops.lora_ops.lora_forward(x, weight, lora_A, lora_B, bias, panels, seed, float(scaling), float(dropout_p))
+    y, _ = torch.ops.lora_ops.lora_forward.default(x, weight, lora_A, lora_B, bias, panels, seed, float(scaling), float(dropout_p))
     return y

@@ -17,6 +17,8 @@ from torch import Tensor
 from . import _C, reference
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_HALF = (torch.bfloat16, torch.float16)
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 library = torch.library.Library("lora_ops", "DEF")
 library.define(
@@ -57,31 +59,29 @@ def check(
         raise ValueError(f"lora_B must be (N, r) = {(N, r)}, got shape {tuple(lora_B.shape)}")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
         raise ValueError(f"bias must be (N,) = {(N,)}, got shape {tuple(bias.shape)}")
-
-    floating = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    if x.dtype not in floating:
-        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    for name, t in (("weight", weight), ("bias", bias)):
-        # A wider weight under a half-precision x is what autocast makes of fp32 models.
-        if t is not None and t.dtype != x.dtype and not (half and t.dtype == torch.float32):
-            raise TypeError(f"{name} must have x's dtype {x.dtype}{' or float32' if half else ''}, got {t.dtype}")
-    for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if t.dtype != x.dtype and not (half and t.dtype == torch.float32):
-            raise TypeError(f"{name} must have x's dtype {x.dtype}{' or float32' if half else ''}, got {t.dtype}")
-    if lora_A.dtype != lora_B.dtype:
-        raise TypeError(f"lora_A and lora_B must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
-    for name, t in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
     if not math.isfinite(scaling):
         raise ValueError(f"scaling must be finite, got {scaling}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
 
+    dtype, device = x.dtype, x.device
+    if dtype not in _FLOATING:
+        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {dtype}")
+    # fp32 parameters under a half-precision x: PEFT's adapters, and what autocast makes of fp32 models.
+    half = dtype in _HALF
+    for name, t in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
+        if t is None:
+            continue
+        if t.dtype != dtype and not (half and t.dtype == torch.float32):
+            raise TypeError(f"{name} must have x's dtype {dtype}{' or float32' if half else ''}, got {t.dtype}")
+        if t.device != device:
+            raise ValueError(f"{name} must be on x's device {device}, got {t.device}")
+    if lora_A.dtype != lora_B.dtype:
+        raise TypeError(f"lora_A and lora_B must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
+
 
 def check_frozen(weight: Tensor) -> None:
-    if weight.requires_grad and torch.is_grad_enabled():
+    if weight.requires_grad:
         raise ValueError(
             "weight requires grad, but W0 is frozen by definition: no gradient of it is ever computed. "
             "Call weight.requires_grad_(False), or train W0 with torch.nn.functional.linear"
@@ -100,7 +100,8 @@ def _strided(t: Tensor) -> Tensor:
 
 def _rows(t: Tensor) -> Tensor:
     """(..., C) as (rows, C) with contiguous rows, a view wherever one exists."""
-    t = t.reshape(-1, t.shape[-1])
+    if t.dim() != 2:
+        t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
@@ -111,9 +112,8 @@ def _matrix(t: Tensor | None) -> Matrix:
     """A tensor for the extension: address, row stride, column stride, dtype. A vector is one row."""
     if t is None:
         return None
-    if t.dim() == 1:
-        return t.data_ptr(), 0, t.stride(0), _DTYPES[t.dtype]
-    return t.data_ptr(), t.stride(0), t.stride(1) if t.shape[1] > 1 else 1, _DTYPES[t.dtype]
+    row, col = t.stride() if t.dim() == 2 else (0, t.stride(0))
+    return t.data_ptr(), row, col, _DTYPES[t.dtype]
 
 
 def _dropout(seed: Tensor | None, p: float) -> tuple[int, int, float]:
@@ -139,7 +139,7 @@ def base_on_torch(dtype: torch.dtype) -> bool:
 
 
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype in _DTYPES and weight.shape[1] > 0
+    return x.dtype in _DTYPES and weight.numel() > 0
 
 
 def _lora_forward_cpu(
@@ -160,6 +160,8 @@ def _lora_forward_cpu(
     rows = _rows(x)
     M, r = rows.shape[0], lora_A.shape[0]
     S = torch.empty((M, r), dtype=torch.float32)
+    if panels is not None:
+        _check_panels(panels, weight, x.dtype)
     external = panels is None and base_on_torch(x.dtype)
     if external:
         y = rows @ weight.to(x.dtype).T
@@ -221,15 +223,16 @@ def _lora_backward_cpu(
 
 def _lora_forward_reference(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p):  # type: ignore[no-untyped-def]
     check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y, S = reference.lora_forward(rows, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
     return y.reshape(*x.shape[:-1], weight.shape[0]), S
 
 
 def _lora_backward_reference(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, *need):  # type: ignore[no-untyped-def]
-    rows = None if x is None else x.reshape(-1, weight.shape[1])
+    M = math.prod(dy.shape[:-1])
+    rows = None if x is None else x.reshape(M, weight.shape[1])
     grads = reference.lora_backward(
-        dy.reshape(-1, weight.shape[0]), rows, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need=need
+        dy.reshape(M, weight.shape[0]), rows, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need=need
     )
     dx, *rest = (dy.new_empty(0) if g is None else g for g in grads)
     return (dx.reshape(*dy.shape[:-1], weight.shape[1]) if need[0] else dx, *rest)
@@ -259,33 +262,47 @@ def _lora_backward_fake(  # type: ignore[no-untyped-def]
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, lora_A, lora_B, bias, _, seed, scaling, dropout_p = inputs
-    _, S = output
-    need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
-    if need_weight:
-        check_frozen(weight)
-    # dA alone needs x, dB alone needs S: a frozen A saves no activation at all.
-    ctx.save_for_backward(x if need_A else None, weight, lora_A, lora_B, S if need_B else None, seed)
-    ctx.mark_non_differentiable(S)
-    ctx.set_materialize_grads(False)
-    ctx.scaling, ctx.dropout_p = scaling, dropout_p
-    ctx.need = (need_x, need_A, need_B, need_bias)
+class _LoraForward(torch.autograd.Function):
+    """Below the dispatcher's autograd key: `keyset` says where the call goes on to."""
+
+    @staticmethod
+    def forward(ctx, keyset, x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p):  # type: ignore[no-untyped-def]
+        need_x, _, need_A, need_B, need_bias = ctx.needs_input_grad[1:6]
+        y, S = _below_autograd(
+            _FORWARD, keyset, x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p
+        )
+        # dA alone needs x, dB alone needs S: a frozen A saves no activation at all.
+        ctx.save_for_backward(x if need_A else None, weight, lora_A, lora_B, S if need_B else None, seed)
+        ctx.mark_non_differentiable(S)
+        ctx.set_materialize_grads(False)
+        ctx.scaling, ctx.dropout_p, ctx.need = scaling, dropout_p, (need_x, need_A, need_B, need_bias)
+        return y, S
+
+    @staticmethod
+    def backward(ctx, dy, _dS):  # type: ignore[no-untyped-def]
+        if torch.is_grad_enabled():
+            raise RuntimeError("lora_linear is differentiable once: its backward has no derivative (create_graph=True)")
+        if dy is None:
+            return (None,) * 10
+        x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
+        need = ctx.need
+        dx, dA, dB, dbias = _BACKWARD(dy, x, weight, lora_A, lora_B, S, seed, ctx.scaling, ctx.dropout_p, *need)
+        return (
+            None, dx if need[0] else None, None, dA if need[1] else None, dB if need[2] else None,
+            dbias if need[3] else None, None, None, None, None,
+        )  # fmt: skip
 
 
-def _backward(ctx, dy, _dS):  # type: ignore[no-untyped-def]
-    if dy is None:
-        return (None,) * 9
-    x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
-    grads = torch.ops.lora_ops.lora_backward(
-        dy, x, weight, lora_A, lora_B, S, seed, ctx.scaling, ctx.dropout_p, *ctx.need
-    )
-    dx, dA, dB, dbias = (g if need else None for g, need in zip(grads, ctx.need, strict=True))
-    return dx, None, dA, dB, dbias, None, None, None, None
+def _below_autograd(op, keyset, *args):  # type: ignore[no-untyped-def]
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
-def _no_double_backward(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise RuntimeError("lora_ops.lora_linear is differentiable once: its backward has no derivative (create_graph=True)")
+def _lora_forward_autograd(keyset, *args):  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        check_frozen(args[1])
+        return _LoraForward.apply(keyset, *args)
+    return _below_autograd(_FORWARD, keyset, *args)
 
 
 library.impl("lora_forward", _lora_forward_cpu, "CPU")
@@ -294,11 +311,21 @@ library.impl("lora_forward", _lora_forward_reference, "CompositeExplicitAutograd
 library.impl("lora_backward", _lora_backward_reference, "CompositeExplicitAutograd")
 torch.library.register_fake("lora_ops::lora_forward", _lora_forward_fake, lib=library)
 torch.library.register_fake("lora_ops::lora_backward", _lora_backward_fake, lib=library)
-torch.library.register_autograd("lora_ops::lora_forward", _backward, setup_context=_setup_context, lib=library)
-torch.library.register_autograd("lora_ops::lora_backward", _no_double_backward, lib=library)
+_FORWARD = torch.ops.lora_ops.lora_forward.default
+_BACKWARD = torch.ops.lora_ops.lora_backward.default
+library.impl("lora_forward", _lora_forward_autograd, "Autograd", with_keyset=True)
 
 
 # --- packed weights ---------------------------------------------------------------------------------------------------
+
+
+def _check_panels(panels: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+    size = _C.packed_size(*weight.shape, _DTYPES[dtype], _DTYPES[weight.dtype])
+    if panels.dtype != torch.float32 or panels.dim() != 1 or panels.numel() != size or not panels.is_contiguous():
+        raise ValueError(
+            f"panels must come from pack_weight(weight, {dtype}): {size} contiguous float32, "
+            f"got shape {tuple(panels.shape)}, {panels.dtype}"
+        )
 
 
 def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor | None:

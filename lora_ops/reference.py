@@ -39,7 +39,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
 
 def dropout_threshold(p: float) -> int:
     """Of 65536 equally likely 16-bit numbers, how many drop an element."""
-    return round(p * 65536)
+    return min(round(p * 65536), 65535)
 
 
 def dropout_keep(seed: Tensor, p: float, M: int, K: int) -> Tensor:

@@ -59,8 +59,8 @@ void pack_pairs_straight(const Matrix& src, int64_t cols, int64_t k, Mask, float
 }  // namespace avx512_bf16
 
 const Kernels kAvx512Bf16 = avx512_bf16::table(
-    "avx512_bf16",
-    {2, avx512_bf16::pack_pairs_transposed, avx512_bf16::pack_pairs_straight, avx512_bf16::tile<avx512_bf16::Bf16Pairs>});
+    "avx512_bf16", {2, avx512_bf16::pack_pairs_transposed, avx512_bf16::pack_pairs_straight,
+                    avx512_bf16::tile<avx512_bf16::Bf16Pairs>, avx512_bf16::multiply_adds<avx512_bf16::Bf16Pairs>});
 
 }  // namespace lora_ops
 

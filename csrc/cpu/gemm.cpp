@@ -36,8 +36,8 @@ int useful_threads(int threads, int64_t multiply_adds) {
   return static_cast<int>(std::clamp<int64_t>(multiply_adds >> 18, 1, std::max(threads, 1)));
 }
 
-void pack_right(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t C, int64_t j, int vectors, int64_t k0,
-                int64_t count, Mask mask, float* out, int64_t vector_stride) {
+void pack_right(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t C, int64_t j, int vectors,
+                int64_t k0, int64_t count, Mask mask, float* out, int64_t vector_stride) {
   if (right.col_stride == 1) {
     const int64_t cols = std::min<int64_t>(C - j, int64_t{vectors} * k.lanes);
     return arithmetic.pack_straight(from(right, k0, j), cols, count, mask, out, vectors, vector_stride);
@@ -48,11 +48,13 @@ void pack_right(const Kernels& k, const Arithmetic& arithmetic, const Matrix& ri
   }
 }
 
-void pack_left(const Kernels& k, const Arithmetic& arithmetic, const Matrix& left, int64_t M, int64_t i, int64_t R, Mask mask, float* out) {
+void pack_left(const Kernels& k, const Arithmetic& arithmetic, const Matrix& left, int64_t M, int64_t i, int64_t R, Mask mask,
+               float* out) {
   arithmetic.pack_transposed(from(left, i, 0), static_cast<int>(std::min<int64_t>(k.lanes, M - i)), R, mask, out);
 }
 
-void pack_kept(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t R, int64_t C, float* panels, int threads) {
+void pack_kept(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t R, int64_t C, float* panels,
+               int threads) {
   const int64_t block = kKeptSteps * arithmetic.k_per_step, count = ceil_div(C, k.panel());
   Tasks tasks(count * ceil_div(R, block));
   parallel(threads, [&](int) {
@@ -77,7 +79,8 @@ void DownPanels::multiply(const float* left, int rows, int64_t j, float* c) cons
 
 void UpPanels::pack(const Matrix& right, int64_t task) const {
   const int64_t p0 = task * kChunk, p1 = std::min(p0 + kChunk, ceil_div(C, k.panel()));
-  pack_right(k, k.f32, right, C, p0 * k.panel(), static_cast<int>(2 * (p1 - p0)), 0, r, Mask{}, data + p0 * r * k.panel(), r * k.lanes);
+  pack_right(k, k.f32, right, C, p0 * k.panel(), static_cast<int>(2 * (p1 - p0)), 0, r, Mask{}, data + p0 * r * k.panel(),
+             r * k.lanes);
 }
 
 void Product::plan(int threads) {
@@ -85,11 +88,13 @@ void Product::plan(int threads) {
   const int64_t steps = Steps(k, arithmetic, R).count;
   // Panels take half of L2. They come in blocks of the reduction, so that several of them pass over a tile of the left operand
   // while it is near.
-  const int64_t most_steps = panels ? kKeptSteps
-                                    : std::max(kFlushSteps, l2_bytes() / 2 / (kMostGroup * k.panel() * 4) / kFlushSteps * kFlushSteps);
-  const int64_t block_steps = panels ? kKeptSteps : ceil_div(ceil_div(steps, ceil_div(steps, most_steps)), kFlushSteps) * kFlushSteps;
+  const int64_t most_steps =
+      panels ? kKeptSteps : std::max(kFlushSteps, l2_bytes() / 2 / (kMostGroup * k.panel() * 4) / kFlushSteps * kFlushSteps);
+  const int64_t block_steps =
+      panels ? kKeptSteps : ceil_div(ceil_div(steps, ceil_div(steps, most_steps)), kFlushSteps) * kFlushSteps;
   k_block = std::min(block_steps * arithmetic.k_per_step, std::max<int64_t>(R, 1));
-  group = std::clamp<int64_t>(l2_bytes() / 2 / (std::min(block_steps, steps) * k.panel() * 4), 1, panels ? kMostGroup : 2 * kMostGroup);
+  group = std::clamp<int64_t>(l2_bytes() / 2 / (std::min(block_steps, steps) * k.panel() * 4), 1,
+                              panels ? kMostGroup : 2 * kMostGroup);
   group = std::clamp<int64_t>(count / (8 * threads), 1, group);  // enough groups for an even split
   groups = ceil_div(count, group);
   row_parts = groups >= 2 * threads ? 1 : std::min(tiles.count, ceil_div(2 * threads, groups));
@@ -131,7 +136,8 @@ void Product::start(int64_t tile, int64_t panel, float* c) const {
 void Product::finish(int64_t tile, int64_t panel, float* c) const {
   const int64_t row = tiles.start(tile), col = panel * k.panel();
   const Matrix b = bias.data ? from(bias, 0, col) : Matrix{};
-  k.store_tile(c, static_cast<int>(tiles.size(tile)), static_cast<int>(std::min<int64_t>(C - col, k.panel())), b, from(out, row, col));
+  k.store_tile(c, static_cast<int>(tiles.size(tile)), static_cast<int>(std::min<int64_t>(C - col, k.panel())), b,
+               from(out, row, col));
 }
 
 // The lines of `out` that a tile will be stored to.

@@ -20,7 +20,9 @@
 
 namespace lora_ops {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // `total` cut into the fewest parts of at most `most`, their sizes differing by at most one.
 struct Parts {
@@ -70,7 +72,9 @@ struct Steps {
       : count(ceil_div(R, arithmetic.k_per_step)), vector(count * k.lanes) {}
 };
 
-inline int64_t mask_words(int64_t cols) { return ceil_div(cols, kDropoutGroup) * kDropoutWords; }
+inline int64_t mask_words(int64_t cols) {
+  return ceil_div(cols, kDropoutGroup) * kDropoutWords;
+}
 
 const Arithmetic& arithmetic_of(const Kernels& k, DType left, DType right);
 
@@ -81,18 +85,24 @@ int64_t block_rows(const Kernels& k, const Steps& steps);
 int useful_threads(int threads, int64_t multiply_adds);
 
 // Packs `vectors` vectors of columns of right (R, C) from column j on, rows [k0, k0 + count).
-void pack_right(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t C, int64_t j, int vectors, int64_t k0,
-                int64_t count, Mask mask, float* out, int64_t vector_stride);
+void pack_right(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t C, int64_t j, int vectors,
+                int64_t k0, int64_t count, Mask mask, float* out, int64_t vector_stride);
 
 // Packs the whole of right (R, C) into panels to keep (Product::panels).
-void pack_kept(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t R, int64_t C, float* panels, int threads);
+void pack_kept(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t R, int64_t C, float* panels,
+               int threads);
 
 // Packs a tile of left (M, R) that begins at row i. Where M goes on behind the tile the vector is filled with what follows:
 // lanes beyond the tile's rows are never used, and a full vector packs fastest.
-void pack_left(const Kernels& k, const Arithmetic& arithmetic, const Matrix& left, int64_t M, int64_t i, int64_t R, Mask mask, float* out);
+void pack_left(const Kernels& k, const Arithmetic& arithmetic, const Matrix& left, int64_t M, int64_t i, int64_t R, Mask mask,
+               float* out);
 
-inline Matrix transposed(const Matrix& m) { return {m.data, m.col_stride, m.row_stride, m.dtype}; }
-inline Matrix from(const Matrix& m, int64_t row, int64_t col) { return {m.at(row, col), m.row_stride, m.col_stride, m.dtype}; }
+inline Matrix transposed(const Matrix& m) {
+  return {m.data, m.col_stride, m.row_stride, m.dtype};
+}
+inline Matrix from(const Matrix& m, int64_t row, int64_t col) {
+  return {m.at(row, col), m.row_stride, m.col_stride, m.dtype};
+}
 
 // A factor of rank r packed for both of its uses as a right operand: reduced over its long side ("down", to r columns) or
 // over r ("up", the tail of a product).
@@ -136,9 +146,9 @@ struct Product {
   const float* panels = nullptr;     // right packed beforehand, or null
   const float* tail_left = nullptr;  // [tile][r][lanes]
   const UpPanels* tail = nullptr;
-  Mask tail_mask = {};               // applied to the tail alone
+  Mask tail_mask = {};  // applied to the tail alone
   Matrix bias = {};
-  Matrix out = {};                   // from the block's first row
+  Matrix out = {};  // from the block's first row
 
   // How `plan` splits it into tasks; `scratch` holds threads * scratch_size floats.
   int64_t group = 1, groups = 0, row_parts = 1, k_block = 0, packed_size = 0, scratch_size = 0;

@@ -25,7 +25,15 @@ struct V {
   static T broadcast(const float* p) { return T{*p, *p, *p, *p}; }
   static T add(T a, T b) { return a + b; }
   static T fma(T a, T b, T c) { return a * b + c; }
-  static void pin(T&) {}
+  static void pin(T& v) {
+#if defined(__x86_64__)
+    asm("" : "+x"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#else
+    asm("" : "+m"(v));
+#endif
+  }
   static T keep(T v, uint32_t bits) {
     const Bits lane = {1, 2, 4, 8};
     return reinterpret_cast<T>(reinterpret_cast<Bits>(v) & reinterpret_cast<Bits>((bits & lane) == lane));
@@ -43,14 +51,14 @@ struct V {
   }
   static float from_f16(uint16_t h) {
     const uint32_t sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
-    if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | rest << 13);       // infinity, NaN
+    if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | rest << 13);            // infinity, NaN
     return from_bits(sign | to_bits(from_bits(rest << 13) * from_bits(0x77800000u)));  // times 2^112 shifts the exponent's bias
   }
   static uint16_t to_f16(float v) {
     const uint32_t bits = to_bits(v), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
     if (rest > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
-    if (rest >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);        // rounds beyond 65504
-    if (rest < 0x38800000u) {                                                     // below 2^-14: fp32's adder rounds
+    if (rest >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds beyond 65504
+    if (rest < 0x38800000u) {                                               // below 2^-14: fp32's adder rounds
       return static_cast<uint16_t>(sign | (to_bits(from_bits(rest) + 0.5f) - to_bits(0.5f)));
     }
     return static_cast<uint16_t>(sign | ((rest - 0x38000000u + 0xfffu + (rest >> 13 & 1u)) >> 13));
@@ -61,9 +69,7 @@ struct V {
     return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
   }
 
-  static T load_bf16(const uint16_t* p) {
-    return reinterpret_cast<T>(Bits{p[0], p[1], p[2], p[3]} << 16);
-  }
+  static T load_bf16(const uint16_t* p) { return reinterpret_cast<T>(Bits{p[0], p[1], p[2], p[3]} << 16); }
   static T load_f16(const uint16_t* p) { return T{from_f16(p[0]), from_f16(p[1]), from_f16(p[2]), from_f16(p[3])}; }
   static void split(T both, T& even, T& odd) {
     even = reinterpret_cast<T>(reinterpret_cast<Bits>(both) << 16);

@@ -51,6 +51,8 @@ struct Arithmetic {
   // c[i][j] (+)= Σ_step left[step][i] · panel[step][j], over one or two vectors of columns, vector_stride apart
   void (*tile)(int rows, int vectors, const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c,
                bool accumulate, Ahead ahead);
+  // iterations · rows · 2 independent multiply-adds of vectors on registers: the bench's 100 %
+  float (*multiply_adds)(int64_t iterations);
 };
 
 struct Kernels {
@@ -71,6 +73,7 @@ struct Kernels {
   // c[i][j] = 0 where element (i, j) is dropped
   void (*mask_tile)(float* c, int rows, Mask mask);
   void (*dropout_mask)(const Dropout& dropout, int64_t row, int64_t cols, uint32_t* words);
+  float (*read_all)(const float* p, int64_t count);  // reads `count` floats in order: the bench's bandwidth
 
   int panel() const { return 2 * lanes; }
 };

@@ -21,8 +21,9 @@ struct RowReduction {
   float* sums;  // [panel][row][k.panel()]
 
   RowReduction(const Kernels& k_, int64_t rows, int64_t C_, Workspace& w)
-      : k(k_), tiles(rows, k_.rows), C(C_), sums(w.floats(ceil_div(C_, k_.panel()) * rows * k_.panel())) {}
+      : k(k_), tiles(rows, k_.rows), C(C_), sums(w.floats(size())) {}
 
+  int64_t size() const { return ceil_div(C, k.panel()) * tiles.total * k.panel(); }
   int64_t panels() const { return tiles.total ? ceil_div(C, k.panel()) : 0; }
   int64_t tasks() const { return ceil_div(panels(), kColumns); }
   float* sum(int64_t panel, int64_t row) const { return sums + (panel * tiles.total + row) * k.panel(); }
@@ -52,15 +53,15 @@ struct RowReduction {
     k.store_tile(sum(panel, first), static_cast<int>(rows), cols(panel), Matrix{}, from(out, 0, panel * k.panel()));
   }
 
-  // out (C, rows)
-  void store_transposed(int64_t panel, int64_t rows, const Matrix& out) const {
+  // out (C, rows), times `scale`
+  void store_transposed(int64_t panel, int64_t rows, float scale, const Matrix& out) const {
     alignas(64) float c[kMaxTile];
     for (int j0 = 0; j0 < cols(panel); j0 += k.rows) {
       const int height = std::min(k.rows, cols(panel) - j0);
       for (int64_t i0 = 0; i0 < rows; i0 += k.panel()) {
         const int width = static_cast<int>(std::min<int64_t>(rows - i0, k.panel()));
         for (int i = 0; i < width; ++i)
-          for (int j = 0; j < height; ++j) c[j * k.panel() + i] = sum(panel, i0 + i)[j0 + j];
+          for (int j = 0; j < height; ++j) c[j * k.panel() + i] = scale * sum(panel, i0 + i)[j0 + j];
         k.store_tile(c, height, width, Matrix{}, from(out, panel * k.panel() + j0, i0));
       }
     }
@@ -91,6 +92,11 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
   const int64_t own_size = std::max(own_tile ? p.N * k.lanes : 0, kRowBlock * kColumns * k.panel());
   float* own = workspace.floats(own_size * threads);
   float* scratch = nullptr;  // of the first block: no later one is larger
+
+  if (p.M == 0) {  // sums over no rows
+    std::fill_n(down_grad.sums, down_grad.size(), 0.f);
+    std::fill_n(up_grad.sums, up_grad.size(), 0.f);
+  }
 
   Tasks adapters(need_dS ? b.tasks() + a.tasks() : 0);
   for (int64_t m = 0; m < blocks.count; ++m) {
@@ -134,7 +140,7 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
           for (int64_t j = 0; j < up_grad.tiles.size(l); ++j) {
             const int64_t col = up_grad.tiles.start(l) + j;
             const bool ones = p.dbias.data && col == up_grad.tiles.total - 1;
-            S_left[up_grad.left_at(l, i, rows_here) + j] = ones ? 1.f : p.scaling * p.S[(row0 + i) * p.r + col];
+            S_left[up_grad.left_at(l, i, rows_here) + j] = ones ? 1.f : p.S[(row0 + i) * p.r + col];
           }
     };
     const auto pack_and_down = [&](int64_t t, int thread) {
@@ -158,16 +164,15 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
     Tasks tiles(product.tiles.count), rest(products + down_grad.tasks() + up_grad.tasks());
     parallel(threads, [&](int thread) {
       float* packed = own + thread * own_size;
-      adapters.run([&](int64_t t) {
-        t < b.tasks() ? b.pack(p.lora_B, t) : a.pack(p.lora_A, t - b.tasks());
-      });
+      adapters.run([&](int64_t t) { t < b.tasks() ? b.pack(p.lora_B, t) : a.pack(p.lora_A, t - b.tasks()); });
       sync();
       tiles.run([&](int64_t t) { pack_and_down(t, thread); });
       sync();
       rest.run([&](int64_t t, int64_t next) {
         if (t < products) return product.run(t, next, thread);
         t -= products;
-        if (t < down_grad.tasks()) return down_grad.run(t, dS_left, rows_here, from(p.x, row0, 0), product.tail_mask, m == 0, packed);
+        if (t < down_grad.tasks())
+          return down_grad.run(t, dS_left, rows_here, from(p.x, row0, 0), product.tail_mask, m == 0, packed);
         up_grad.run(t - down_grad.tasks(), S_left, rows_here, from(p.dy, row0, 0), Mask{}, m == 0, packed);
       });
     });
@@ -178,7 +183,7 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
     stores.run([&](int64_t t) {
       if (t < down_grad.panels()) return down_grad.store(t, 0, p.r, p.dA);
       t -= down_grad.panels();
-      if (p.dB.data) up_grad.store_transposed(t, p.r, p.dB);
+      if (p.dB.data) up_grad.store_transposed(t, p.r, p.scaling, p.dB);
       if (p.dbias.data) up_grad.store(t, up_grad.tiles.total - 1, 1, p.dbias);
     });
   });
@@ -186,6 +191,8 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
 
 }  // namespace
 
-void lora_backward(const LoraBackward& p) { backward_blocks(p, kernels()); }
+void lora_backward(const LoraBackward& p) {
+  backward_blocks(p, kernels());
+}
 
 }  // namespace lora_ops

@@ -11,16 +11,17 @@
 namespace lora_ops {
 namespace {
 
-constexpr int64_t kFewRows = 40;         // up to here rows of W0 are dot products (crossover measured: 32 to 64)
-constexpr int64_t kFewRowsPacked = 12;   // the same when panels are kept
-constexpr int64_t kDotBlock = 1024;      // reduction block: kDotRows rows of x stay in L1
+constexpr int64_t kFewRows = 40;        // up to here rows of W0 are dot products (crossover measured: 32 to 64)
+constexpr int64_t kFewRowsPacked = 12;  // the same when panels are kept
+constexpr int64_t kDotBlock = 1024;     // reduction block: kDotRows rows of x stay in L1
 
 bool few_rows(const LoraForward& p) {
   return p.weight.data && p.weight.col_stride == 1 && p.M <= (p.panels ? kFewRowsPacked : kFewRows);
 }
 
 // S of a tile's rows from its packed fp32 elements: stored as it is, and times `scaling` as the tail's left operand.
-void down(const Kernels& k, const DownPanels& a, const float* tile, int rows, float keep_scale, float scaling, float* S, float* tail_left) {
+void down(const Kernels& k, const DownPanels& a, const float* tile, int rows, float keep_scale, float scaling, float* S,
+          float* tail_left) {
   alignas(64) float c[kMaxTile];
   for (int64_t j0 = 0; j0 < a.r; j0 += k.panel()) {
     a.multiply(tile, rows, j0, c);
@@ -84,9 +85,8 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
 
     Tasks tiles(product.tiles.count), groups(product.tasks());
     parallel(threads, [&](int thread) {
-      adapters.run([&](int64_t t) {
-        t < a.tasks() ? a.pack(transposed(p.lora_A), t) : b.pack(transposed(p.lora_B), t - a.tasks());
-      });
+      adapters.run(
+          [&](int64_t t) { t < a.tasks() ? a.pack(transposed(p.lora_A), t) : b.pack(transposed(p.lora_B), t - a.tasks()); });
       sync();
       tiles.run([&](int64_t t) { pack_and_down(t, thread); });
       sync();

@@ -2,8 +2,9 @@
 // and its own namespace (no include guard: that is the point), after defining
 //
 //     struct V { T, kLanes, kRows; zero load store broadcast add fma; pin (to a register); keep (lanes whose bit is set);
-//                load_bf16 load_f16 store_bf16 store_f16; sums (lane i of the result: all lanes of vector i added up); split (dwords of two bf16 into even and odd elements);
-//                load_transposed (kLanes x kLanes dwords); U and the dropout generator's integer steps }
+//                load_bf16 load_f16 store_bf16 store_f16; sums (lane i of the result: all lanes of vector i added up); split
+//                (dwords of two bf16 into even and odd elements); load_transposed (kLanes x kLanes dwords); U and the dropout
+//                generator's integer steps }
 //
 // Tile budget: kRows x 2 accumulators + 2 panel vectors + 1 broadcast fill the register file (14 x 2 + 3 = 31 of 32 with
 // AVX-512, 6 x 2 + 3 = 15 of 16 with AVX2). Two panel vectors and kRows broadcasts per 2·kRows multiply-adds keep the load
@@ -11,8 +12,10 @@
 
 constexpr int kLanes = V::kLanes;
 constexpr int kPanel = 2 * kLanes;
-constexpr int kFlush = 256;  // steps between two flushes of the accumulators: error grows with sqrt(kFlush), not sqrt(K)
-constexpr int kAhead = 32;   // steps that the panel and the left operand are prefetched ahead
+// Steps between two flushes of the accumulators into c: the rounding error grows with the root of a chain's length. Long
+// reductions can afford long chains; short ones are held against libraries that sum them in many lanes.
+constexpr int64_t kLongestChain = 256, kShortestChain = 8;
+constexpr int kAhead = 32;  // steps that the panel and the left operand are prefetched ahead
 static_assert(V::kRows <= kLanes, "a left operand's rows fit one vector");
 
 struct F32 {
@@ -20,10 +23,12 @@ struct F32 {
 };
 
 template <class Op, int kTileRows, int kVectors>
-void tile_of(const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c, bool accumulate, Ahead ahead) {
+void tile_of(const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c, bool accumulate,
+             Ahead ahead) {
   using T = typename V::T;
+  const int64_t flush = steps / 8 < kShortestChain ? kShortestChain : steps / 8 < kLongestChain ? steps / 8 : kLongestChain;
   do {
-    const int64_t block = steps < kFlush ? steps : kFlush;
+    const int64_t block = steps < flush ? steps : flush;
     T acc[kTileRows][kVectors];
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i)
@@ -146,18 +151,22 @@ void pack_straight_as(const Matrix& src, int64_t cols, int64_t k, Mask mask, flo
   }
 }
 
-#define LORA_OPS_BY_DTYPE(dtype, function, ...)                              \
-  switch (dtype) {                                                           \
-    case DType::f32: return function<DType::f32>(__VA_ARGS__);               \
-    case DType::bf16: return function<DType::bf16>(__VA_ARGS__);             \
-    case DType::f16: return function<DType::f16>(__VA_ARGS__);               \
+#define LORA_OPS_BY_DTYPE(dtype, function, ...)  \
+  switch (dtype) {                               \
+    case DType::f32:                             \
+      return function<DType::f32>(__VA_ARGS__);  \
+    case DType::bf16:                            \
+      return function<DType::bf16>(__VA_ARGS__); \
+    case DType::f16:                             \
+      return function<DType::f16>(__VA_ARGS__);  \
   }
 
 inline void pack_transposed(const Matrix& src, int rows, int64_t k, Mask mask, float* out) {
   LORA_OPS_BY_DTYPE(src.dtype, pack_transposed_as, src, rows, k, mask, out)
 }
 
-inline void pack_straight(const Matrix& src, int64_t cols, int64_t k, Mask mask, float* out, int vectors, int64_t vector_stride) {
+inline void pack_straight(const Matrix& src, int64_t cols, int64_t k, Mask mask, float* out, int vectors,
+                          int64_t vector_stride) {
   LORA_OPS_BY_DTYPE(src.dtype, pack_straight_as, src, cols, k, mask, out, vectors, vector_stride)
 }
 
@@ -307,8 +316,7 @@ inline void load_tile(const Matrix& y, int rows, int cols, float* c) {
 
 inline void mask_tile(float* c, int rows, Mask mask) {
   for (int i = 0; i < rows; ++i, c += kPanel)
-    for (int j = 0; j < kPanel; j += kLanes)
-      V::store(c + j, V::keep(V::load(c + j), mask.bits(i, j)));
+    for (int j = 0; j < kPanel; j += kLanes) V::store(c + j, V::keep(V::load(c + j), mask.bits(i, j)));
 }
 
 // --- dropout ---------------------------------------------------------------------------------------------------------
@@ -342,8 +350,42 @@ inline void dropout_mask(const Dropout& dropout, int64_t row, int64_t cols, uint
   }
 }
 
-constexpr Arithmetic kF32 = {1, pack_transposed, pack_straight, tile<F32>};
+// --- the machine's own bounds, for the bench: what these loops reach is 100 % ---------------------------------------------
+
+// `iterations` x kRows x 2 independent multiply-adds on registers alone.
+template <class Op>
+float multiply_adds(int64_t iterations) {
+  constexpr int kChains = 2 * V::kRows;
+  typename V::T acc[kChains], a = V::zero(), b = V::zero();
+#pragma GCC unroll 32
+  for (int i = 0; i < kChains; ++i) acc[i] = V::zero(), V::pin(acc[i]);  // else equal sums would be one
+  for (int64_t n = 0; n < iterations; ++n) {
+    V::pin(a), V::pin(b);
+#pragma GCC unroll 32
+    for (int i = 0; i < kChains; ++i) acc[i] = Op::multiply_add(a, b, acc[i]);
+  }
+  typename V::T total = V::zero();
+#pragma GCC unroll 32
+  for (int i = 0; i < kChains; ++i) total = V::add(total, acc[i]);
+  float lanes[kLanes];
+  V::store(lanes, total);
+  return lanes[0];
+}
+
+// Reads `count` floats in order.
+inline float read_all(const float* p, int64_t count) {
+  typename V::T sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+  for (int64_t i = 0; i + 4 * kLanes <= count; i += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum[j] = V::add(sum[j], V::load(p + i + j * kLanes));
+  }
+  float lanes[kLanes];
+  V::store(lanes, V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3])));
+  return lanes[0];
+}
+
+constexpr Arithmetic kF32 = {1, pack_transposed, pack_straight, tile<F32>, multiply_adds<F32>};
 
 constexpr Kernels table(const char* name, Arithmetic bf16) {
-  return {name, V::kRows, kLanes, kF32, bf16, dot, dot_order, store_tile, load_tile, mask_tile, dropout_mask};
+  return {name, V::kRows, kLanes, kF32, bf16, dot, dot_order, store_tile, load_tile, mask_tile, dropout_mask, read_all};
 }

@@ -29,7 +29,8 @@ class FusedLoraLinear(nn.Module):
         device, dtype: of weight and bias.
         adapter_dtype: of A and B. None: float32 over a half-precision weight, as PEFT does, else the weight's dtype.
         prepack: keep the weight in packed panels too: faster for about 12 to 128 rows, for as much memory again as an
-            fp32 weight takes (half of that where bf16 products run in bf16 arithmetic). The copy follows the weight.
+            fp32 weight takes (half of that where bf16 products run in bf16 arithmetic). The copy follows the weight,
+            except where it is written to through `weight.data`, which torch does not count as a change.
 
     Raises:
         ValueError, TypeError: an argument out of its range, by name.
@@ -51,7 +52,7 @@ class FusedLoraLinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         prepack: bool = False,
     ) -> None:
-        _check_adapter(r, lora_alpha, lora_dropout, init_lora_weights)
+        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._setup(linear.weight, linear.bias, prepack)
@@ -73,13 +74,16 @@ class FusedLoraLinear(nn.Module):
     ) -> "FusedLoraLinear":
         """Wraps an `nn.Linear` or a transformers `Conv1D`, sharing its weight and bias: nothing is copied.
 
-        A Conv1D keeps its (K, N) storage; `weight` is its transposed view. The shared parameters are frozen.
+        A Conv1D keeps its (K, N) storage, and its shape in the state dict; `weight` is its transposed view. The shared
+        parameters are frozen.
         """
-        _check_adapter(r, lora_alpha, lora_dropout, init_lora_weights)
+        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
+        check_adapter_name(adapter_name)
         weight, bias = _weight_of(linear)
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module._setup(weight, bias, prepack)
+        module.fan_in_fan_out = is_conv1d(linear)
         module._new_adapter(adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
         module.train(linear.training)
         return module
@@ -97,8 +101,10 @@ class FusedLoraLinear(nn.Module):
         self.scaling: dict[str, float] = {}
         self.active_adapter = "default"
         self.prepack = prepack
+        self.fan_in_fan_out = False  # whether the state dict holds weight as (K, N), as Conv1D does
         self._panels: Tensor | None = None
         self._panels_of: tuple[Any, ...] | None = None
+        self._packed_weight: Tensor | None = None
         # W0 while it is merged: follows the module's moves, stays out of the state dict.
         self.register_buffer("unmerged_weight", None, persistent=False)
 
@@ -167,10 +173,17 @@ class FusedLoraLinear(nn.Module):
         w = self.weight
         if torch.is_autocast_enabled(w.device.type):
             dtype = torch.get_autocast_dtype(w.device.type)
-        state = (w._version, w.data_ptr(), w.shape, w.stride(), w.dtype, dtype)
+        version = 0 if w.is_inference() else w._version
+        state = (version, w.data_ptr(), w.shape, w.stride(), w.dtype, dtype)
         if self._panels_of != state:
             self._panels, self._panels_of = pack_weight(w, dtype), state
+            self._packed_weight = w.detach()  # as long as it lives, no other weight can have its address
         return self._panels
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FusedLoraLinear":
+        # Moved or cast: the panels and the weight that they came from are of no use any more.
+        self._panels = self._panels_of = self._packed_weight = None
+        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def delta_weight(self, adapter_name: str | None = None) -> Tensor:
@@ -216,9 +229,19 @@ class FusedLoraLinear(nn.Module):
             f"{', merged' if self.merged else ''}"
         )
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.fan_in_fan_out:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].t()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.fan_in_fan_out and f"{prefix}weight" in state_dict:
+            state_dict = {**state_dict, f"{prefix}weight": state_dict[f"{prefix}weight"].t()}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles make their own panels.
-        return {**self.__dict__, "_panels": None, "_panels_of": None}
+        return {**self.__dict__, "_panels": None, "_panels_of": None, "_packed_weight": None}
 
 
 def _weight_of(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
@@ -226,17 +249,41 @@ def _weight_of(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
     weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
     if isinstance(linear, nn.Linear):
         return linear.weight, bias
-    if type(linear).__name__ == "Conv1D" and hasattr(linear, "nf") and isinstance(weight, nn.Parameter):
+    if is_conv1d(linear) and isinstance(weight, nn.Parameter):
         return nn.Parameter(weight.data.t(), requires_grad=False), bias
     raise TypeError(f"linear must be an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
 
 
-def _check_adapter(r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str) -> None:
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the module is transformers' Conv1D, which need not be installed."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def check_adapter(
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float = 0.0,
+    init_lora_weights: bool | str = True,
+    adapter_dtype: torch.dtype | None = None,
+) -> None:
+    """Raises ValueError or TypeError naming the argument that does not fit, what it is and what it may be."""
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ValueError(f"r must be an integer >= 1, got {r!r}")
-    if not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha must be finite, got {lora_alpha!r}")
-    if not 0.0 <= lora_dropout < 1.0:
-        raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout!r}")
+    if not isinstance(lora_alpha, int | float) or not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
+    if not isinstance(lora_dropout, int | float) or not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"lora_dropout must be a number in [0, 1), got {lora_dropout!r}")
     if init_lora_weights not in (True, False, "gaussian"):
         raise ValueError(f'init_lora_weights must be True, False or "gaussian", got {init_lora_weights!r}')
+    if adapter_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"adapter_dtype must be float32, bfloat16, float16, float64 or None, got {adapter_dtype!r}")
+
+
+def check_adapter_name(adapter_name: str) -> None:
+    """Raises ValueError for what cannot be a key of an nn.ParameterDict."""
+    taken = isinstance(adapter_name, str) and hasattr(nn.ParameterDict(), adapter_name)
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or taken:
+        raise ValueError(
+            "adapter_name must be a non-empty string without a dot that is no attribute of nn.ParameterDict, "
+            f"got {adapter_name!r}"
+        )

@@ -1,0 +1,51 @@
+# make demo    fine-tune a 135M language model with PEFT and with lora_ops, and compare (ARGS="--steps 20" passes options on)
+# make test    the whole test suite              make bench   the benchmarks
+# make lint    ruff, clang-format, mypy          make clean   remove what was built and written, but not .venv's packages
+#
+# Each makes .venv on first use. If the package index gives a torch with CUDA where none is wanted:
+#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PIP_FLAGS ?=
+ARGS ?=
+
+BIN := .venv/bin
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+
+.PHONY: all .venv demo test bench lint clean
+.DELETE_ON_ERROR:
+
+all: .venv
+
+.venv: .venv/.installed
+
+# torch on its own first: its version is fixed, and everything else accepts what is there.
+.venv/.torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_FLAGS) $(TORCH)
+	touch $@
+
+.venv/.installed: .venv/.torch pyproject.toml setup.py $(CSRC)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[test,bench,examples,lint]'
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/python examples/finetune.py $(ARGS)
+
+test: .venv/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/.installed
+	$(BIN)/python -m pytest bench/ $(ARGS)
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info demo_out bench_out .benchmarks .pytest_cache .mypy_cache .ruff_cache
+	rm -f lora_ops/_C*.so .venv/.installed
+	find lora_ops tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +

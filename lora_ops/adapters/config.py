@@ -1,0 +1,110 @@
+"""LoraConfig: which layers get an adapter, and which adapter."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ..nn.linear import check_adapter
+
+Targets = Iterable[str] | str | None
+
+
+@dataclass
+class LoraConfig:
+    """What `add_lora` does to a model. Names, defaults and meanings are those of PEFT's `LoraConfig`.
+
+    Args:
+        r: rank, >= 1.
+        target_modules: the layers that get an adapter. A list of names, each a whole module name or its end ("q_proj",
+            "mlp.up_proj"); or a regular expression that a whole module name must match; or "all-linear": every
+            nn.Linear and Conv1D but the output layer (`model.get_output_embeddings()`). None: PEFT's choice for the
+            model's `config.model_type`.
+        lora_alpha: scaling = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
+        lora_dropout: probability in [0, 1) that training hides an element of a layer's input from A.
+        bias: which of the model's biases train: "none", "all", or "lora_only" (those of the layers with an adapter).
+        use_rslora: rank-stabilised scaling (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+        exclude_modules: layers that get none although `target_modules` names them: a list or a regular expression.
+        init_lora_weights: True, False or "gaussian", see `FusedLoraLinear`.
+        rank_pattern, alpha_pattern: {regular expression: r or lora_alpha} for layers that differ. An expression must
+            match a whole module name or its end after a dot; the first that matches counts.
+
+    Raises:
+        ValueError, TypeError: a field out of its range, by name.
+    """
+
+    r: int = 8
+    target_modules: Targets = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    use_rslora: bool = False
+    exclude_modules: Targets = None
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_adapter(self.r, self.lora_alpha, self.lora_dropout, self.init_lora_weights)
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f'bias must be "none", "all" or "lora_only", got {self.bias!r}')
+        if not isinstance(self.use_rslora, bool):
+            raise TypeError(f"use_rslora must be True or False, got {self.use_rslora!r}")
+        _check_targets("target_modules", self.target_modules)
+        _check_targets("exclude_modules", self.exclude_modules)
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, name)
+            if not isinstance(pattern, Mapping):
+                raise TypeError(f"{name} must be a dict of {{regular expression: value}}, got {pattern!r}")
+            for key, value in pattern.items():
+                _check_regex(f"{name}'s key", key)
+                r, alpha = (value, self.lora_alpha) if name == "rank_pattern" else (self.r, value)
+                try:
+                    check_adapter(r, alpha)
+                except ValueError as error:
+                    raise ValueError(f"{name}[{key!r}]: {error}") from None
+
+    def rank_of(self, module_name: str) -> int:
+        """r of the layer of that name."""
+        return next((r for key, r in self.rank_pattern.items() if matches_pattern(key, module_name)), self.r)
+
+    def alpha_of(self, module_name: str) -> float:
+        """lora_alpha of the layer of that name."""
+        return next((a for key, a in self.alpha_pattern.items() if matches_pattern(key, module_name)), self.lora_alpha)
+
+
+def matches_pattern(key: str, module_name: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` speaks of the layer of that name."""
+    return re.match(rf"(.*\.)?({key})$", module_name) is not None
+
+
+def matches_targets(targets: Targets, module_name: str) -> bool:
+    """Whether `target_modules` or `exclude_modules` (other than "all-linear") names the module."""
+    if targets is None:
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module_name) is not None
+    return any(module_name == t or module_name.endswith(f".{t}") for t in targets)
+
+
+def is_all_linear(targets: Targets) -> bool:
+    return isinstance(targets, str) and targets.lower() == "all-linear"
+
+
+def _check_targets(name: str, targets: Targets) -> None:
+    if isinstance(targets, str):
+        _check_regex(name, targets)
+    elif targets is not None:
+        listed = isinstance(targets, list | tuple | set | frozenset)
+        if not listed or not all(isinstance(t, str) and t for t in targets):
+            raise TypeError(f"{name} must be a list of module names, a regular expression or None, got {targets!r}")
+        if name == "target_modules" and not targets:
+            raise ValueError("target_modules is empty: no layer would get an adapter")
+
+
+def _check_regex(name: str, regex: str) -> None:
+    if not isinstance(regex, str):
+        raise TypeError(f"{name} must be a regular expression, got {regex!r}")
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise ValueError(f"{name} must be a regular expression, got {regex!r}: {error}") from None

@@ -1,0 +1,234 @@
+"""LoRA in a whole model: layers are replaced in place and put back."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ..nn.linear import FusedLoraLinear, check_adapter_name, is_conv1d
+from .config import LoraConfig
+from .targets import check_replaceable, some, targeted_modules
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass
+class Injection:
+    """What `add_lora` did to a model, kept as its attribute `lora_injection`."""
+
+    adapter_name: str
+    config: LoraConfig
+    requires_grad: dict[str, bool]  # of every parameter before, by name
+
+
+def add_lora(
+    model: Model,
+    config: LoraConfig,
+    adapter_name: str = "default",
+    *,
+    adapter_dtype: torch.dtype | None = None,
+    prepack: bool = False,
+) -> Model:
+    """Replaces the targeted layers of `model`, in place, by `FusedLoraLinear`s and freezes every other parameter.
+
+    Targeted are the layers that PEFT's LoRA would target. Weights are shared, not copied; the names in the state dict
+    stay, and `<layer>.lora_A.<adapter_name>` (r, K) and `<layer>.lora_B.<adapter_name>` (N, r) join them. A module that
+    sits in several places is replaced in all of them by one layer. A layer's forward and backward hooks go on running.
+
+    Args:
+        model: holds nn.Linear or transformers' Conv1D layers, with weights in float32, bfloat16, float16 or float64.
+        config: see `LoraConfig`.
+        adapter_name: the key of the adapter's parameters.
+        adapter_dtype, prepack: see `FusedLoraLinear`.
+
+    Returns:
+        model.
+
+    Raises:
+        ValueError: `target_modules` matches nothing, or the model has an adapter already (one at a time).
+        TypeError: a targeted module is not a layer that can be replaced, or an argument is of the wrong type.
+        In each case the model is as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config must be a lora_ops.LoraConfig, got {type(config).__module__}.{type(config).__name__}")
+    config = dataclasses.replace(config)  # checked anew: its fields may have been assigned to
+    check_adapter_name(adapter_name)
+    if isinstance(model, nn.Linear) or is_conv1d(model):
+        raise TypeError(
+            f"model is itself a {type(model).__name__}, which cannot be replaced in place: "
+            "use FusedLoraLinear.from_linear(model)"
+        )
+    _check_no_adapter(model)
+    targets = targeted_modules(model, config)
+    check_replaceable(model, targets)
+
+    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        layers = {
+            module: FusedLoraLinear.from_linear(
+                module,
+                config.rank_of(name),
+                lora_alpha=config.alpha_of(name),
+                lora_dropout=config.lora_dropout,
+                use_rslora=config.use_rslora,
+                init_lora_weights=config.init_lora_weights,
+                adapter_dtype=adapter_dtype,
+                prepack=prepack,
+                adapter_name=adapter_name,
+            )
+            for module, name in targets.items()
+        }
+    except BaseException:
+        _set_requires_grad(model, requires_grad)  # from_linear freezes
+        raise
+
+    model.requires_grad_(False)
+    for module, layer in layers.items():
+        _share_hooks(module, layer)
+        # A shell without parameters: nothing that is moved, cast or freed later lives on in it.
+        module._parameters.update(weight=None, bias=None)
+        vars(layer)["original"] = module  # not through setattr, which would make it a submodule
+    _replace(model, {**layers})
+    _train_biases(model, config.bias)
+    model.lora_injection = Injection(adapter_name, config, requires_grad)  # type: ignore[assignment]
+    return model
+
+
+def remove_lora(model: Model) -> Model:
+    """Undoes `add_lora`: puts the original modules back, unmerged, with the `requires_grad` flags that they had.
+
+    Biases that were trained (`LoraConfig.bias`) keep their values.
+
+    Raises:
+        ValueError: neither `model` nor a part of it is a model that `add_lora` was called with.
+    """
+    owners = [m for m in model.modules() if "lora_injection" in vars(m)]
+    if not owners:
+        raise ValueError("model has no LoRA to remove: it is not what add_lora was called with")
+    for owner in reversed(owners):  # inner ones first: what the outermost one remembers of the flags is the oldest
+        originals: dict[nn.Module, nn.Module] = {}
+        for _, layer in lora_layers(owner):
+            original = vars(layer).get("original")
+            if original is None:  # a FusedLoraLinear that the user placed
+                continue
+            originals[layer] = original
+            if layer.merged:
+                layer.unmerge()
+            original.weight = nn.Parameter(layer.weight.data.t()) if layer.fan_in_fan_out else layer.weight
+            original.bias = layer.bias
+            original.training = layer.training
+        _replace(owner, originals)
+        _set_requires_grad(owner, vars(owner).pop("lora_injection").requires_grad)
+    return model
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoraLinear]]:
+    """(name, layer) for every `FusedLoraLinear` of the model, each layer once."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, FusedLoraLinear))
+
+
+def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The trainable parameters of the model's adapters: every A and B, each once. Trained biases are not among them.
+
+    Raises:
+        ValueError: there are none.
+    """
+    layers = [layer for _, layer in lora_layers(model)]
+    parameters = [p for layer in layers for pair in (layer.lora_A, layer.lora_B) for p in pair.values()]
+    trainable = [p for p in dict.fromkeys(parameters) if p.requires_grad]
+    if not trainable:
+        raise ValueError(f"model has no trainable adapter parameter ({len(layers)} layers with LoRA); see add_lora")
+    return iter(trainable)
+
+
+def merge_lora(model: Model) -> Model:
+    """Merges every layer's adapter into its weight (`FusedLoraLinear.merge`): all layers, or none if one fails.
+
+    Raises:
+        RuntimeError: a layer is merged already.
+        ValueError: there is no layer with LoRA, or a merged weight would not be finite.
+    """
+    layers = _layers_to_change(model, merged=False)
+    done: list[FusedLoraLinear] = []
+    for name, layer in layers.items():
+        try:
+            layer.merge()
+        except BaseException as error:
+            for other in done:
+                other.unmerge()
+            if isinstance(error, ValueError):
+                raise ValueError(f"{name}: {error}") from error
+            raise
+        done.append(layer)
+    return model
+
+
+def unmerge_lora(model: Model) -> Model:
+    """Undoes `merge_lora`: every weight is W0 again, bit for bit.
+
+    Raises:
+        RuntimeError: a layer is not merged; none is changed then.
+        ValueError: there is no layer with LoRA.
+    """
+    for layer in _layers_to_change(model, merged=True).values():
+        layer.unmerge()
+    return model
+
+
+def _layers_to_change(model: nn.Module, *, merged: bool) -> dict[str, FusedLoraLinear]:
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise ValueError("model has no layer with LoRA; see add_lora")
+    wrong = [name for name, layer in layers.items() if layer.merged != merged]
+    if wrong:
+        state = "not merged" if merged else "merged already"
+        raise RuntimeError(f"{len(wrong)} of {len(layers)} layers are {state} ({some(wrong)}); nothing was changed")
+    return layers
+
+
+def _check_no_adapter(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, FusedLoraLinear):
+            raise ValueError(
+                f'model already has LoRA: adapter "{module.active_adapter}" in {name or "model"}. '
+                "Call remove_lora(model) first; the model was left untouched"
+            )
+        if hasattr(module, "base_layer") and type(module).__module__.startswith("peft."):
+            raise ValueError(
+                f"model already has an adapter of PEFT's in {name}. Call unload() of the PeftModel first; "
+                "the model was left untouched"
+            )
+
+
+def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in new:
+                setattr(parent, name, new[child])
+
+
+def _share_hooks(module: nn.Module, layer: FusedLoraLinear) -> None:
+    """The same dicts, so that hooks and the handles that remove them work on either module."""
+    prefixes = ("_forward_", "_backward_", "_is_full_backward_hook")
+    vars(layer).update({key: value for key, value in vars(module).items() if key.startswith(prefixes)})
+
+
+def _set_requires_grad(model: nn.Module, requires_grad: Mapping[str, bool]) -> None:
+    for name, p in model.named_parameters():
+        p.requires_grad_(requires_grad.get(name, p.requires_grad))
+
+
+def _train_biases(model: nn.Module, bias: str) -> None:
+    if bias == "all":
+        for name, p in model.named_parameters():
+            if name == "bias" or name.endswith(".bias"):
+                p.requires_grad_(True)
+    elif bias == "lora_only":
+        for _, layer in lora_layers(model):
+            if layer.bias is not None:
+                layer.bias.requires_grad_(True)

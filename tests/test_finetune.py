@@ -1,0 +1,177 @@
+"""examples/finetune.py on a tiny random Llama: the whole script as a user runs it, what it writes, and its verdict."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import lora_ops
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import _report  # noqa: E402
+import finetune  # noqa: E402
+
+STEPS, LENGTH = 3, 32
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path, Path]:
+    """The finished script, the model's directory and the script's output directory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp("finetune")
+    text = root / "text.txt"
+    text.write_text("\n\n".join(f"Paragraph {i}: the quick brown fox jumps over the lazy dog." for i in range(60)))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [], trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False)
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            # At the default scale of 0.02 the layers hardly change what the embeddings say.
+            torch.nn.init.normal_(layer.weight, std=0.2)
+    model.save_pretrained(root / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(root / "model")
+
+    command = [
+        sys.executable,
+        EXAMPLES / "finetune.py",
+        "--model",
+        root / "model",
+        "--text",
+        text,
+        "--out",
+        root / "out",
+    ]
+    command += ["--steps", STEPS, "--length", LENGTH, "--r", 4, "--lr", 0.01, "--dtype", "float32", "--threads", 1]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
+    return done, root / "model", root / "out"
+
+
+def test_the_script_ends_well(run: tuple[subprocess.CompletedProcess[str], Path, Path]) -> None:
+    done, _, out = run
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("VERDICT: PEFT and lora_ops agree")
+    assert sorted(p.name for p in out.iterdir()) == ["adapter", "loss.png", "loss.svg", "results.json"]
+    assert sorted(p.name for p in (out / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in (out / "loss.svg").read_text()
+
+
+def test_both_sides_train_alike(run: tuple[subprocess.CompletedProcess[str], Path, Path]) -> None:
+    results = json.loads((run[2] / "results.json").read_text())
+    assert list(results) == ["PEFT", "lora_ops", "frozen"]
+    peft, ours = results["PEFT"], results["lora_ops"]
+    np.testing.assert_allclose(ours["losses"], peft["losses"], rtol=1e-4)
+    for side in (peft, ours):
+        assert len(side["losses"]) == len(side["seconds"]) == STEPS
+        assert side["held_out_after"] < side["held_out_before"] - 0.01
+        assert side["peak_mib"] > 0
+    assert ours["held_out_after"] == pytest.approx(peft["held_out_after"], rel=1e-4)
+
+
+def test_peft_reads_the_adapter(run: tuple[subprocess.CompletedProcess[str], Path, Path]) -> None:
+    _, base, out = run
+    tensors = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight" in tensors
+    assert len(tensors) == 2 * 7 * 2
+
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / "adapter").eval()
+    config = lora_ops.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    ours = lora_ops.add_lora(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    state = {k.removeprefix("base_model.model.").replace(".weight", ".default"): v for k, v in tensors.items()}
+    assert not ours.load_state_dict(state, strict=False).unexpected_keys
+
+    ids = torch.tensor([AutoTokenizer.from_pretrained(base)("Paragraph 99: the lazy fox")["input_ids"]])
+    with torch.no_grad():
+        expected, actual = theirs(ids).logits, ours(ids).logits
+        with theirs.disable_adapter():
+            plain = theirs(ids).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("ours", "dropout", "agree"),
+    [
+        ([2.0, 1.015, 1.0], 0.0, False),
+        ([2.0, 1.009, 1.0], 0.0, True),
+        ([2.0, math.nan, 1.0], 0.0, False),
+        ([math.inf, 1.0, 1.0], 0.0, False),
+        ([2.1, 0.95, 1.0], 0.05, True),
+        ([2.1, 1.1, 1.1], 0.05, False),
+        ([2.0, math.nan, 1.0], 0.05, False),
+    ],
+)
+def test_verdict(ours: list[float], dropout: float, agree: bool) -> None:
+    line, verdict = _report.verdict([2.0, 1.0, 1.0], ours, dropout)
+    assert verdict is agree
+    assert ("DISAGREE" in line) is not agree
+
+
+def test_what_is_held_out_is_not_trained_on() -> None:
+    train, held = finetune.split(finetune.documents(None))
+    assert "".join(finetune.documents(None)) == train + held
+    assert 0.05 <= len(held) / len(train + held) < 0.15
+
+    data = np.arange(10).reshape(5, 2)
+    drawn = finetune.batches(data, steps=4, batch=2, seed=0)
+    assert drawn.shape == (4, 2, 2)
+    assert set(drawn.reshape(-1, 2)[:5, 0]) == {0, 2, 4, 6, 8}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("old")
+
+    def fail(target: Path) -> None:
+        target.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        _report.write(path, fail)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--r", "0"], "--r must be at least 1, got 0"),
+        (["--dropout", "1"], "--dropout must be in [0, 1), got 1.0"),
+        (["--model", "/nowhere"], "--model must be a directory, got /nowhere"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        finetune.parse(arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_text_too_short() -> None:
+    with pytest.raises(SystemExit, match="the held-out text has 3 tokens, fewer than --length 32"):
+        finetune.blocks([1, 2, 3], 32, "held-out")
