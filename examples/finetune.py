@@ -129,6 +129,7 @@ class Run:
 
     def __init__(self, side: str, base: str, options: argparse.Namespace) -> None:
         transformers.utils.logging.disable_progress_bar()
+        warnings.simplefilter("ignore", FutureWarning)  # transformers reads deprecated properties of its own
         torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
         dtype = getattr(torch, options.dtype)
@@ -141,7 +142,6 @@ class Run:
         self.side = side
         self.optimizer = None
         if side == "frozen":
-            warnings.simplefilter("ignore", FutureWarning)  # transformers calls its own deprecated property
             self.model.enable_input_require_grads()
             return
         settings = {"r": options.r, "lora_alpha": options.lora_alpha, "lora_dropout": options.dropout}
@@ -270,7 +270,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--lora-alpha", type=float, default=None, help="default: 2 r")
     parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout")
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16", help="of the model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)

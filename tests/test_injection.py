@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ops import FusedLoraLinear, LoraConfig, add_lora, lora_layers, lora_parameters, merge_lora, remove_lora
 
-
 TARGETS = [
     (llama, {}),
     (gpt2, {}),

@@ -14,7 +14,7 @@ constexpr int kLanes = V::kLanes;
 constexpr int kPanel = 2 * kLanes;
 // Steps between two flushes of the accumulators into c: the rounding error grows with the root of a chain's length. Long
 // reductions can afford long chains; short ones are held against libraries that sum them in many lanes.
-constexpr int64_t kLongestChain = 256, kShortestChain = 8;
+constexpr int64_t kLongestChain = 256, kShortestChain = 4;
 constexpr int kAhead = 32;  // steps that the panel and the left operand are prefetched ahead
 static_assert(V::kRows <= kLanes, "a left operand's rows fit one vector");
 
