@@ -11,8 +11,8 @@ import numpy as np
 import peft
 from safetensors.numpy import save_file
 
-# In bfloat16 PEFT rounds x W0ᵀ before it adds the adapter's part and rounds again, so a part below half a unit in the last
-# place is lost; lora_ops rounds the sum once. The first steps, when B is still tiny, differ most.
+# In bfloat16 PEFT rounds x W0ᵀ before it adds the adapter's part and rounds again: a part below half a unit in the last
+# place is lost. lora_ops rounds the sum once. So the first steps, when B is still tiny, differ most.
 BOUND = 0.01
 DROPOUT_BOUND = 0.03
 
@@ -127,6 +127,7 @@ def plot(directory: Path, peft: list[float], ours: list[float]) -> None:
     bottom.axhline(100 * BOUND, color="tab:red", linestyle="--", linewidth=1, label=f"{BOUND:.0%}")
     bottom.set_ylabel("difference, %")
     bottom.set_xlabel("step")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     bottom.legend(loc="upper right")
     bottom.grid(alpha=0.3)
     for name in ("loss.png", "loss.svg"):

@@ -64,8 +64,8 @@ def test_gradients(make, dtype):
     assert_as_exact(pairs)
 
 
-def fine_tune(model, parameters, steps=16):
-    optimiser = torch.optim.AdamW(parameters, lr=1e-2)
+def fine_tune(model, parameters, steps=20):
+    optimiser = torch.optim.AdamW(parameters, lr=5e-3)
     losses = []
     for _ in range(steps):
         loss = loss_of(model)

@@ -32,7 +32,7 @@ def run_suite(**variables: str) -> None:
 
 @pytest.mark.parametrize("isa", [isa for isa in INFO["isas_supported"] if isa != INFO["isa"]])
 def test_operator_on(isa):
-    run_suite(LORA_OPS_CPU_ISA=isa)
+    run_suite(LORA_OPS_CPU_ISA=isa, LORA_OPS_CPU_BASE="kernel")
 
 
 def test_operator_with_the_base_product_in_torch():

@@ -10,6 +10,8 @@ from compare import error
 from tiny_models import DTYPES, K, N, assert_computes, eager, make_layer, make_x
 from torch import nn
 
+from lora_ops import FusedLoraLinear
+
 
 def overwritten_in_place(layer):
     with torch.no_grad():
@@ -24,14 +26,6 @@ def replaced(layer):
     layer.weight = nn.Parameter(torch.randn(N, K), requires_grad=False)
 
 
-def replaced_where_it_was(layer):
-    """By a tensor at the same address, as far as the allocator plays along: it does if nobody holds the old one."""
-    address = layer.weight.data_ptr()
-    layer.weight = None
-    others = [nn.Linear(K, N).weight for _ in range(20)]
-    layer.weight = next((w for w in others if w.data_ptr() == address), others[0]).requires_grad_(False)
-
-
 def merged_and_unmerged(layer):
     layer.merge()
     layer.unmerge()
@@ -43,14 +37,11 @@ def cast_and_back(layer):
         layer.to(torch.bfloat16).to(torch.float32)
 
 
-@pytest.mark.parametrize(
-    "change", [overwritten_in_place, loaded, replaced, replaced_where_it_was, merged_and_unmerged, cast_and_back]
-)
+@pytest.mark.parametrize("change", [overwritten_in_place, loaded, replaced, merged_and_unmerged, cast_and_back])
 def test_panels_follow_the_weight(change):
     layer, fresh = make_layer(prepack=True), make_layer(prepack=True)
     x = make_x()
-    with torch.no_grad():  # a graph would hold the weight
-        before = layer(x)
+    before = layer(x)
     change(layer)
     fresh.load_state_dict(layer.state_dict())
     assert torch.equal(layer(x), fresh(x))
@@ -75,6 +66,18 @@ def test_autocast(dtype, prepack):
     with torch.autocast("cpu", torch.bfloat16):
         measured = error(layer(x), eager(layer, x), exact)
     assert measured.within_bound, measured
+
+
+def test_panels_are_not_mistaken_for_another_weight_s():
+    """A freed block is handed out again: the next weight may lie where the one before lay."""
+    for _ in range(20):
+        layer = FusedLoraLinear(1024, 1024, prepack=True)
+        x = torch.randn(64, 1024)
+        with torch.no_grad():
+            layer(x)
+            layer.weight.data = layer.weight.data.to(torch.bfloat16).neg_()
+            layer.weight.data = layer.weight.data.to(torch.float32)
+            assert_computes(layer, x)
 
 
 def test_casting_keeps_no_old_weight():

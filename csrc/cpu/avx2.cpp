@@ -18,6 +18,8 @@ struct V {
   static constexpr int kLanes = 8;
   static constexpr int kRows = 6;
   static constexpr int kCounters = 8;
+  static constexpr int kShortestChain = 8;
+  static constexpr bool kPairs = true;
 
   static T zero() { return _mm256_setzero_ps(); }
   static T load(const float* p) { return _mm256_loadu_ps(p); }

@@ -6,6 +6,8 @@ struct V {
   static constexpr int kLanes = 16;
   static constexpr int kRows = 14;
   static constexpr int kCounters = 16;
+  static constexpr int kShortestChain = 8;
+  static constexpr bool kPairs = true;
 
   static T zero() { return _mm512_setzero_ps(); }
   static T load(const float* p) { return _mm512_loadu_ps(p); }

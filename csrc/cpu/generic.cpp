@@ -1,4 +1,5 @@
-// Any CPU: four lanes through the compiler's vector extension, 4 x 8 tiles. The file to copy for a new ISA.
+// Any CPU: four lanes through the compiler's vector extension, 4 x 8 tiles, in double. Where these kernels run the base product
+// is torch's (lora_ops/ops.py), and what is left is small: exactness costs little here.
 #include <cstring>
 
 #include "../philox.h"
@@ -8,35 +9,32 @@ namespace lora_ops {
 namespace generic {
 
 struct V {
-  using T = float __attribute__((vector_size(16)));
-  using Bits = uint32_t __attribute__((vector_size(16)));
+  using T = double __attribute__((vector_size(32)));
+  using F = float __attribute__((vector_size(16)));
   using U = uint32_t;
   static constexpr int kLanes = 4;
   static constexpr int kRows = 4;
   static constexpr int kCounters = 1;
+  static constexpr int kShortestChain = 1 << 20;
+  static constexpr bool kPairs = false;
 
   static T zero() { return T{}; }
   static T load(const float* p) {
-    T v;
+    F v;
     std::memcpy(&v, p, sizeof v);
-    return v;
+    return __builtin_convertvector(v, T);
   }
-  static void store(float* p, T v) { std::memcpy(p, &v, sizeof v); }
+  static void store(float* p, T v) {
+    const F narrow = __builtin_convertvector(v, F);
+    std::memcpy(p, &narrow, sizeof narrow);
+  }
   static T broadcast(const float* p) { return T{*p, *p, *p, *p}; }
   static T add(T a, T b) { return a + b; }
   static T fma(T a, T b, T c) { return a * b + c; }
-  static void pin(T& v) {
-#if defined(__x86_64__)
-    asm("" : "+x"(v));
-#elif defined(__aarch64__)
-    asm("" : "+w"(v));
-#else
-    asm("" : "+m"(v));
-#endif
-  }
+  static void pin(T&) {}
   static T keep(T v, uint32_t bits) {
-    const Bits lane = {1, 2, 4, 8};
-    return reinterpret_cast<T>(reinterpret_cast<Bits>(v) & reinterpret_cast<Bits>((bits & lane) == lane));
+    for (int i = 0; i < kLanes; ++i) v[i] = bits >> i & 1u ? v[i] : 0.;
+    return v;
   }
 
   static float from_bits(uint32_t bits) {
@@ -69,18 +67,17 @@ struct V {
     return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
   }
 
-  static T load_bf16(const uint16_t* p) { return reinterpret_cast<T>(Bits{p[0], p[1], p[2], p[3]} << 16); }
+  static float from_bf16(uint16_t h) { return from_bits(static_cast<uint32_t>(h) << 16); }
+
+  static T load_bf16(const uint16_t* p) { return T{from_bf16(p[0]), from_bf16(p[1]), from_bf16(p[2]), from_bf16(p[3])}; }
   static T load_f16(const uint16_t* p) { return T{from_f16(p[0]), from_f16(p[1]), from_f16(p[2]), from_f16(p[3])}; }
-  static void split(T both, T& even, T& odd) {
-    even = reinterpret_cast<T>(reinterpret_cast<Bits>(both) << 16);
-    odd = reinterpret_cast<T>(reinterpret_cast<Bits>(both) & 0xffff0000u);
-  }
   static void store_bf16(uint16_t* p, T v) {
-    for (int i = 0; i < kLanes; ++i) p[i] = to_bf16(v[i]);
+    for (int i = 0; i < kLanes; ++i) p[i] = to_bf16(static_cast<float>(v[i]));
   }
   static void store_f16(uint16_t* p, T v) {
-    for (int i = 0; i < kLanes; ++i) p[i] = to_f16(v[i]);
+    for (int i = 0; i < kLanes; ++i) p[i] = to_f16(static_cast<float>(v[i]));
   }
+  static void split(T, T&, T&) {}  // never called: kPairs is false, dwords widened to double are no bit patterns
   static void load_transposed(const char* base, int64_t stride, T out[4]) {
     for (int i = 0; i < kLanes; ++i) {
       const T row = load(reinterpret_cast<const float*>(base + i * stride));

@@ -1,10 +1,11 @@
 // The micro-kernels, written once over a vector type. Each ISA file includes this inside its `#pragma GCC target` region
 // and its own namespace (no include guard: that is the point), after defining
 //
-//     struct V { T, kLanes, kRows; zero load store broadcast add fma; pin (to a register); keep (lanes whose bit is set);
-//                load_bf16 load_f16 store_bf16 store_f16; sums (lane i of the result: all lanes of vector i added up); split
-//                (dwords of two bf16 into even and odd elements); load_transposed (kLanes x kLanes dwords); U and the dropout
-//                generator's integer steps }
+//     struct V { T, kLanes, kRows, kShortestChain; zero load store broadcast add fma; pin (to a register);
+//                keep (lanes whose bit is set); load_bf16 load_f16 store_bf16 store_f16;
+//                load_transposed (kLanes x kLanes dwords); sums (lane i of the result: all lanes of vector i added up);
+//                kPairs, and if so split (dwords of two bf16 into even and odd elements);
+//                U and the dropout generator's integer steps }
 //
 // Tile budget: kRows x 2 accumulators + 2 panel vectors + 1 broadcast fill the register file (14 x 2 + 3 = 31 of 32 with
 // AVX-512, 6 x 2 + 3 = 15 of 16 with AVX2). Two panel vectors and kRows broadcasts per 2·kRows multiply-adds keep the load
@@ -14,7 +15,7 @@ constexpr int kLanes = V::kLanes;
 constexpr int kPanel = 2 * kLanes;
 // Steps between two flushes of the accumulators into c: the rounding error grows with the root of a chain's length. Long
 // reductions can afford long chains; short ones are held against libraries that sum them in many lanes.
-constexpr int64_t kLongestChain = 256, kShortestChain = 4;
+constexpr int64_t kLongestChain = 256;
 constexpr int kAhead = 32;  // steps that the panel and the left operand are prefetched ahead
 static_assert(V::kRows <= kLanes, "a left operand's rows fit one vector");
 
@@ -26,7 +27,8 @@ template <class Op, int kTileRows, int kVectors>
 void tile_of(const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c, bool accumulate,
              Ahead ahead) {
   using T = typename V::T;
-  const int64_t flush = steps / 8 < kShortestChain ? kShortestChain : steps / 8 < kLongestChain ? steps / 8 : kLongestChain;
+  const int64_t eighth = steps / 8 < kLongestChain ? steps / 8 : kLongestChain;
+  const int64_t flush = eighth < V::kShortestChain ? V::kShortestChain : eighth;
   do {
     const int64_t block = steps < flush ? steps : flush;
     T acc[kTileRows][kVectors];
@@ -107,8 +109,8 @@ void pack_transposed_as(const Matrix& src, int rows, int64_t k, Mask mask, float
       for (int j = 0; j < kLanes; ++j) V::store(out + (k0 + j) * kLanes, v[j]);
     }
   }
-  if (kType == DType::bf16 && whole) {
-    for (; k0 + kPanel <= k; k0 += kPanel) {  // pairs are transposed as dwords, then split
+  if constexpr (kType == DType::bf16 && V::kPairs) {
+    for (; whole && k0 + kPanel <= k; k0 += kPanel) {  // pairs are transposed as dwords, then split
       V::load_transposed(row + k0 * 2, stride, v);
 #pragma GCC unroll 16
       for (int j = 0; j < kLanes; ++j) {
@@ -181,7 +183,7 @@ inline void widen_row(const Matrix& row, int64_t cols, Mask mask, float* out) {
 // the order of `dot_order`.
 template <DType kType>
 void load_two(const void* row, int64_t k, typename V::T& a, typename V::T& b) {
-  if constexpr (kType == DType::bf16) {
+  if constexpr (kType == DType::bf16 && V::kPairs) {
     V::split(V::load(reinterpret_cast<const float*>(static_cast<const uint16_t*>(row) + k)), a, b);
   } else {
     a = load_as<kType>(row, k);
@@ -194,7 +196,7 @@ inline void dot_order(const Matrix& src, int64_t k, Mask mask, DType right, floa
     const int cols = static_cast<int>(k - k0 < kPanel ? k - k0 : kPanel);
     alignas(64) float v[kPanel];
     widen_row(Matrix{src.at(0, k0), 0, 1, src.dtype}, cols, Mask{mask.words, 0, mask.first + k0}, v);
-    for (int i = 0; i < kPanel; ++i) out[k0 + (right == DType::bf16 ? i / 2 + i % 2 * kLanes : i)] = v[i];
+    for (int i = 0; i < kPanel; ++i) out[k0 + (right == DType::bf16 && V::kPairs ? i / 2 + i % 2 * kLanes : i)] = v[i];
   }
 }
 
