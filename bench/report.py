@@ -64,16 +64,15 @@ class Results:
         return f"\n{table}\nwritten: {out / 'bench.csv'}, {out / 'roofline.png'}\n"
 
     def _table(self) -> str:
-        bounds = {
-            d: max(r["peak_gflops"] for r in self.rows if r["dtype"] == d) for d in {r["dtype"] for r in self.rows}
-        }
+        bounds = {d: max(r["peak_gflops"] for r in self.rows if r["dtype"] == d) for d in {r["dtype"] for r in self.rows}}
         peaks = ", ".join(f"{d} {g:.0f} GFLOP/s" for d, g in sorted(bounds.items()))
         lines = [
             f"{platform.machine()}, {lora_ops.build_info()['isa']}, {torch.get_num_threads()} thread(s), torch "
             f"{torch.__version__}; peak: {peaks}. Minimum of many rounds, all sides taking turns. Share of peak counts every "
             "FLOP of base and low-rank products; prepack keeps the packed weight.",
             "",
-            "| pass | x | M x K x N | r | F.linear, no LoRA | PEFT | lora_ops | share of peak | prepack | over PEFT | over F.linear |",
+            "| pass | x | M x K x N | r | F.linear, no LoRA | PEFT | lora_ops | share of peak | prepack | over PEFT | "
+            "over F.linear |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         cases: dict[tuple, dict[str, dict]] = {}

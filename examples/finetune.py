@@ -58,9 +58,7 @@ def smollm2(directory: Path) -> Path:
     if hasattr(transformers, "GgufConfig"):
         # transformers 5 may otherwise leave the weights in GGUF blocks, in layers that are no nn.Linear.
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **kwargs
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **kwargs)
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         model.save_pretrained(Path(scratch, "model"))

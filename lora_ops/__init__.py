@@ -1,4 +1,4 @@
-"""Fused kernels for LoRA fine-tuning: y = x W0ᵀ + scaling · (x Aᵀ) Bᵀ + bias, forward and backward, without ever forming B A."""
+"""Fused kernels for LoRA fine-tuning: y = x W0ᵀ + scaling · (x Aᵀ) Bᵀ + bias and its backward, without ever forming B A."""
 
 import torch  # noqa: F401  (before _C: the extension shares torch's OpenMP runtime)
 

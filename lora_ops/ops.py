@@ -162,10 +162,7 @@ def _lora_forward_cpu(
     if panels is not None:
         _check_panels(panels, weight, x.dtype)
     external = panels is None and base_on_torch(x.dtype)
-    if external:
-        y = rows @ weight.to(x.dtype).T
-    else:
-        y = torch.empty((M, N), dtype=x.dtype)
+    y = rows @ weight.to(x.dtype).T if external else torch.empty((M, N), dtype=x.dtype)
     weight, A, B = _strided(weight), lora_A.contiguous(), lora_B.contiguous()
     _C.lora_forward(
         M, K, N, r, _matrix(rows), None if external else _matrix(weight), 0 if panels is None else panels.data_ptr(),
@@ -200,10 +197,7 @@ def _lora_backward_cpu(
     A, B = lora_A.contiguous(), lora_B.contiguous()
     rows = _rows(x) if need_dA and x is not None else None
     external = need_dx and base_on_torch(dy.dtype)
-    if external:
-        dx = g @ weight.to(g.dtype)
-    else:
-        dx = torch.empty((M, K) if need_dx else 0, dtype=dy.dtype)
+    dx = g @ weight.to(g.dtype) if external else torch.empty((M, K) if need_dx else 0, dtype=dy.dtype)
     dA = torch.empty((r, K) if need_dA else 0, dtype=lora_A.dtype)
     dB = torch.empty((N, r) if need_dB else 0, dtype=lora_B.dtype)
     dbias = torch.empty(N if need_dbias else 0, dtype=dy.dtype)
@@ -267,9 +261,7 @@ class _LoraForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keyset, x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p):  # type: ignore[no-untyped-def]
         need_x, _, need_A, need_B, need_bias = ctx.needs_input_grad[1:6]
-        y, S = _below_autograd(
-            _FORWARD, keyset, x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p
-        )
+        y, S = _below_autograd(_FORWARD, keyset, x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p)
         # dA alone needs x, dB alone needs S: a frozen A saves no activation at all.
         ctx.save_for_backward(x if need_A else None, weight, lora_A, lora_B, S if need_B else None, seed)
         ctx.mark_non_differentiable(S)
@@ -319,7 +311,8 @@ library.impl("lora_forward", _lora_forward_autograd, "Autograd", with_keyset=Tru
 
 
 def _check_panels(panels: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
-    size = _C.packed_size(*weight.shape, _DTYPES[dtype], _DTYPES[weight.dtype])
+    N, K = weight.shape
+    size = _C.packed_size(N, K, _DTYPES[dtype], _DTYPES[weight.dtype])
     if panels.dtype != torch.float32 or panels.dim() != 1 or panels.numel() != size or not panels.is_contiguous():
         raise ValueError(
             f"panels must come from pack_weight(weight, {dtype}): {size} contiguous float32, "

@@ -12,9 +12,7 @@ from .config import LoraConfig, Targets, is_all_linear, matches_pattern, matches
 
 # PEFT's choice of target_modules where the user makes none.
 _DEFAULT_TARGETS: dict[tuple[str, ...], str] = {
-    ("q_proj", "v_proj"): (
-        "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 stablelm"
-    ),
+    ("q_proj", "v_proj"): ("bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 stablelm"),
     ("query_key_value",): "bloom gpt_neox chatglm falcon RefinedWeb RefinedWebModel",
     ("query", "value"): "bert roberta xlm-roberta electra layoutlm",
     ("q", "v"): "t5 mt5",

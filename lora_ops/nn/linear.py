@@ -88,7 +88,11 @@ class FusedLoraLinear(nn.Module):
         module.train(linear.training)
         return module
 
-    def _setup(self, weight: nn.Parameter, bias: nn.Parameter | None, prepack: bool) -> None:
+    weight: Tensor
+    bias: Tensor | None
+    unmerged_weight: Tensor | None
+
+    def _setup(self, weight: Tensor, bias: Tensor | None, prepack: bool) -> None:
         self.out_features, self.in_features = weight.shape
         self.weight = weight.requires_grad_(False)
         self.bias = None if bias is None else bias.requires_grad_(False)
@@ -216,7 +220,7 @@ class FusedLoraLinear(nn.Module):
         Raises:
             RuntimeError: not merged.
         """
-        if not self.merged:
+        if self.unmerged_weight is None:
             raise RuntimeError("nothing is merged; call merge() first")
         self.weight = nn.Parameter(self.unmerged_weight, requires_grad=False)
         self.unmerged_weight = None
@@ -244,7 +248,7 @@ class FusedLoraLinear(nn.Module):
         return {**self.__dict__, "_panels": None, "_panels_of": None, "_packed_weight": None}
 
 
-def _weight_of(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
+def _weight_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """weight (N, K) and bias of a supported layer. Conv1D, y = x W + b with W (K, N), is known by its `nf`."""
     weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
     if isinstance(linear, nn.Linear):
