@@ -262,7 +262,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, metavar="DIR", help="any causal LM in transformers' format")
     parser.add_argument("--text", type=Path, metavar="FILE", help="text to train on; its last 5 %% are held out")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=2, help="sequences per step")
     parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--r", type=int, default=16)

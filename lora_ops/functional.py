@@ -56,8 +56,8 @@ def lora_linear(
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-        if panels is None and weight.dtype not in (x.dtype, torch.float32):
-            weight = weight.to(x.dtype)
+        if weight.dtype not in (x.dtype, torch.float32):
+            weight, panels = weight.to(x.dtype), None
         if bias is not None and bias.dtype not in (x.dtype, torch.float32):
             bias = bias.to(x.dtype)
         if lora_A.dtype not in (x.dtype, torch.float32):

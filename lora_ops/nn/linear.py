@@ -90,7 +90,8 @@ class FusedLoraLinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
-    unmerged_weight: Tensor | None
+    # W0 while it is merged: the very parameter, so that what is tied to it stays tied. Registered nowhere: no state dict has it.
+    unmerged_weight: nn.Parameter | None
 
     def _setup(self, weight: Tensor, bias: Tensor | None, prepack: bool) -> None:
         self.out_features, self.in_features = weight.shape
@@ -109,8 +110,7 @@ class FusedLoraLinear(nn.Module):
         self._panels: Tensor | None = None
         self._panels_of: tuple[Any, ...] | None = None
         self._packed_weight: Tensor | None = None
-        # W0 while it is merged: follows the module's moves, stays out of the state dict.
-        self.register_buffer("unmerged_weight", None, persistent=False)
+        self.unmerged_weight = None
 
     def _new_adapter(
         self,
@@ -171,9 +171,10 @@ class FusedLoraLinear(nn.Module):
         )
 
     def _packed(self, dtype: torch.dtype) -> Tensor | None:
-        """The kept panels, made anew when the weight's version or storage has changed."""
-        if torch.compiler.is_compiling() and self._panels is not None:
-            return self._panels
+        """The kept panels, made anew when the weight's version or storage has changed. A compiled graph, which could not
+        notice that, reads the weight itself."""
+        if torch.compiler.is_compiling():
+            return None
         w = self.weight
         if torch.is_autocast_enabled(w.device.type):
             dtype = torch.get_autocast_dtype(w.device.type)
@@ -187,6 +188,8 @@ class FusedLoraLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "FusedLoraLinear":
         # Moved or cast: the panels and the weight that they came from are of no use any more.
         self._panels = self._panels_of = self._packed_weight = None
+        if self.unmerged_weight is not None:
+            self.unmerged_weight.data = fn(self.unmerged_weight.data)
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
@@ -210,7 +213,7 @@ class FusedLoraLinear(nn.Module):
         merged = (self.weight + self.delta_weight()).to(self.weight.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(f'adapter "{self.active_adapter}" gives a merged weight that is not finite; nothing was changed')
-        self.unmerged_weight = self.weight.data
+        self.__dict__["unmerged_weight"] = self.weight
         self.weight = nn.Parameter(merged, requires_grad=False)
 
     @torch.no_grad()
@@ -222,7 +225,7 @@ class FusedLoraLinear(nn.Module):
         """
         if self.unmerged_weight is None:
             raise RuntimeError("nothing is merged; call merge() first")
-        self.weight = nn.Parameter(self.unmerged_weight, requires_grad=False)
+        self.weight = self.unmerged_weight
         self.unmerged_weight = None
 
     def extra_repr(self) -> str:
@@ -251,7 +254,7 @@ class FusedLoraLinear(nn.Module):
 def _weight_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """weight (N, K) and bias of a supported layer. Conv1D, y = x W + b with W (K, N), is known by its `nf`."""
     weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
-    if isinstance(linear, nn.Linear):
+    if isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward:
         return linear.weight, bias
     if is_conv1d(linear) and isinstance(weight, nn.Parameter):
         return nn.Parameter(weight.data.t(), requires_grad=False), bias
