@@ -132,9 +132,7 @@ def test_loads_the_base_model_s_state_dict(make):
     assert all(".lora_" in key for key in missing)
     assert unexpected == []
     state = model.state_dict()
-    assert all(
-        torch.equal(state[name], t) and state[name].stride() == t.stride() for name, t in base.state_dict().items()
-    )
+    assert all(torch.equal(state[name], t) and state[name].stride() == t.stride() for name, t in base.state_dict().items())
     assert torch.equal(remove_lora(model)(tokens()).logits, base(tokens()).logits)
 
 

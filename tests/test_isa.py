@@ -63,6 +63,4 @@ def test_unknown_choice_is_an_error_by_name(variable, value):
     assert done.returncode == 1  # an exception, not a signal
     last = done.stderr.strip().splitlines()[-1]
     assert variable in last and f'"{value}"' in last
-    assert all(
-        name in last for name in (INFO["isas_supported"] if variable.endswith("ISA") else ["torch", "kernel", "auto"])
-    )
+    assert all(name in last for name in (INFO["isas_supported"] if variable.endswith("ISA") else ["torch", "kernel", "auto"]))

@@ -123,9 +123,7 @@ def test_leading_dimensions(dtypes):
 @pytest.mark.parametrize("shape", [(0, 5, 3, 2), (3, 0, 5, 2), (3, 5, 0, 2), (0, 0, 0, 1)], ids=str)
 def test_dimensions_of_zero(shape):
     case = make_case(shape, Dtypes(F32, F32), bias=True)
-    run(
-        fused_lora, make_case((41, 33, 17, 4), Dtypes(F32, F32)), backward=True
-    )  # kernels' memory is not zero by chance
+    run(fused_lora, make_case((41, 33, 17, 4), Dtypes(F32, F32)), backward=True)  # kernels' memory is not zero by chance
     actual, eager = run(fused_lora, case, backward=True), run(eager_lora, case, backward=True)
     for name in eager:
         assert torch.equal(actual[name], eager[name]), name

@@ -53,9 +53,7 @@ def test_comparison_notices_a_lost_element(shape, dtypes):
     x, weight, lora_A = case.x.clone(), case.weight.clone(), case.lora_A.clone()
     x[:, -1] = weight[:, -1] = 0
     shortened = run(fused_lora, replace(case, x=x, weight=weight, lora_A=lora_A), backward=False)["y"]
-    assert not error(
-        shortened, run(eager_lora, case, backward=False)["y"], oracle(case, backward=False)["y"]
-    ).within_bound
+    assert not error(shortened, run(eager_lora, case, backward=False)["y"], oracle(case, backward=False)["y"]).within_bound
 
 
 @every_dtype

@@ -139,9 +139,7 @@ def test_compile_with_shapes_that_change():
 
 def test_inductor_drops_the_same_elements_forward_and_backward():
     eye, zero = torch.eye(160), torch.zeros(160, 160)
-    layer = torch.compile(
-        lambda x: lora_linear(x, zero, eye, eye, scaling=1.0, dropout_p=0.3, training=True), fullgraph=True
-    )
+    layer = torch.compile(lambda x: lora_linear(x, zero, eye, eye, scaling=1.0, dropout_p=0.3, training=True), fullgraph=True)
     x = torch.ones(15, 160, requires_grad=True)
     y = layer(x)
     y.sum().backward()

@@ -105,9 +105,7 @@ def with_peft(model, config):
 
 def copy_adapters(peft_model, model):
     """A as PEFT has it; B, which PEFT leaves at zero, random in both."""
-    layers = {
-        name: m for name, m in peft_model.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)
-    }
+    layers = {name: m for name, m in peft_model.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     ours = dict(lora_layers(model))
     assert sorted(layers) == sorted(ours)
     with torch.no_grad():
@@ -161,9 +159,7 @@ def assert_as_exact(results):
     Root mean square over all of them: in a whole model's outputs every error is one of the few that were made early,
     grown, so that the largest single one is chance.
     """
-    ours, theirs, exact = (
-        torch.cat([t.detach().double().flatten() for t in side]) for side in zip(*results, strict=True)
-    )
+    ours, theirs, exact = (torch.cat([t.detach().double().flatten() for t in side]) for side in zip(*results, strict=True))
     error, peft_error = (ours - exact).norm(), (theirs - exact).norm()
     assert peft_error > 0
     assert error <= 1.5 * peft_error, f"error {error:.3g}, PEFT's {peft_error:.3g}"

@@ -90,7 +90,7 @@ class FusedLoraLinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
-    # W0 while it is merged: the very parameter, so that what is tied to it stays tied. Registered nowhere: no state dict has it.
+    # W0 while it is merged: the very parameter, so that what is tied to it stays tied. Not registered: no state dict has it.
     unmerged_weight: nn.Parameter | None
 
     def _setup(self, weight: Tensor, bias: Tensor | None, prepack: bool) -> None:
