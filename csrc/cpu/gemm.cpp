@@ -6,7 +6,7 @@ namespace lora_ops {
 namespace {
 
 constexpr int64_t kLeftBytes = 12 << 20;
-constexpr int64_t kFlushSteps = 256;  // blocks of the reduction are multiples of the micro-kernel's own flush
+constexpr int64_t kFlushSteps = 256;  // blocks of the reduction are multiples of the micro-kernel's longest chain
 constexpr int64_t kMostGroup = 4;     // panels that a tile of the left operand passes over while it is in L1 / L2
 constexpr int64_t kKeptSteps = 1024;  // block of the reduction in kept panels
 constexpr int64_t kLine = 64;

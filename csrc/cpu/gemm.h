@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <atomic>
 #include <type_traits>
-#include <vector>
 
 #include "../philox.h"
 #include "kernels.h"
