@@ -96,7 +96,7 @@ PYBIND11_MODULE(_C, m) {
     const Arithmetic& arithmetic = bf16 && k.bf16.tile ? k.bf16 : k.f32;
     py::gil_scoped_release release;
     arithmetic.multiply_adds(iterations);
-    return iterations * k.rows * 2 * k.lanes * 2 * arithmetic.k_per_step;
+    return iterations * arithmetic.rows * 2 * k.lanes * 2 * arithmetic.k_per_step;
   });
   m.def("read_all", [](uintptr_t address, int64_t count) {
     py::gil_scoped_release release;
@@ -106,7 +106,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("built_isas", &built_isas);
   m.def("supported_isas", &supported_isas);
-  m.def("cpu_has_amx", &cpu_has_amx);
   m.attr("compiler") = std::string(
 #if defined(__clang__)
       "clang "

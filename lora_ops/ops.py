@@ -126,7 +126,7 @@ def _dropout(seed: Tensor | None, p: float) -> tuple[int, int, float]:
 def base_on_torch(dtype: torch.dtype) -> bool:
     """Whether x W0ᵀ and dy W0 go to torch, and only the low-rank part to the kernels.
 
-    True where torch's matrix product uses hardware that the kernels do not: AMX for bf16, whatever the generic kernels run on.
+    True where torch's matrix product uses hardware that the kernels do not: whatever the generic kernels run on.
     LORA_OPS_CPU_BASE=torch|kernel|auto forces it.
     """
     choice = os.environ.get("LORA_OPS_CPU_BASE", "auto")
@@ -134,7 +134,7 @@ def base_on_torch(dtype: torch.dtype) -> bool:
         raise ValueError(f'LORA_OPS_CPU_BASE is "{choice}"; it may be torch, kernel or auto')
     if choice != "auto":
         return choice == "torch"
-    return _C.isa() == "generic" or (dtype == torch.bfloat16 and _C.cpu_has_amx())
+    return _C.isa() == "generic"
 
 
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:

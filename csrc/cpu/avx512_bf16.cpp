@@ -16,6 +16,7 @@ namespace lora_ops {
 namespace avx512_bf16 {
 #include "avx512.h"
 #include "micro.h"
+#include "pairs.h"
 
 struct Bf16Pairs {
   static __m512 multiply_add(__m512 a, __m512 b, __m512 c) {
@@ -23,44 +24,19 @@ struct Bf16Pairs {
   }
 };
 
-void pack_pairs_transposed(const Matrix& src, int rows, int64_t k, Mask, float* out) {
-  const int64_t pairs = (k + 1) / 2;
-  __m512 v[16];
-  for (int64_t p0 = 0; p0 < pairs; p0 += 16, out += 16 * 16) {
-    if (rows == 16 && 2 * (p0 + 16) <= k) {
-      V::load_transposed(src.at(0, 2 * p0), src.row_stride * 2, v);
-    } else {
-      alignas(64) char part[16][64] = {};
-      const int64_t count = k - 2 * p0 < 32 ? k - 2 * p0 : 32;
-      for (int i = 0; i < rows; ++i) std::memcpy(part[i], src.at(i, 2 * p0), count * 2);
-      V::load_transposed(part[0], 64, v);
-    }
-    for (int64_t j = 0; j < 16 && p0 + j < pairs; ++j) V::store(out + j * 16, v[j]);
-  }
-}
-
-// Elements j and 16 + j of rows s and s + 1, interleaved into two vectors of pairs.
-void pack_pairs_straight(const Matrix& src, int64_t cols, int64_t k, Mask, float* out, int vectors, int64_t vector_stride) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
-                                       35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  for (int64_t s = 0; s < k; s += 2, out += 16) {
-    for (int v = 0; v < vectors; v += 2) {
-      const int64_t count = cols - v * 16;
-      const __mmask32 have = count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0u;
-      const __m512i a = _mm512_maskz_loadu_epi16(have, src.at(s, v * 16));
-      const __m512i b = s + 1 < k ? _mm512_maskz_loadu_epi16(have, src.at(s + 1, v * 16)) : _mm512_setzero_si512();
-      _mm512_storeu_si512(out + v * vector_stride, _mm512_permutex2var_epi16(a, low, b));
-      if (v + 1 < vectors) _mm512_storeu_si512(out + (v + 1) * vector_stride, _mm512_permutex2var_epi16(a, high, b));
-    }
-  }
-}
-
 }  // namespace avx512_bf16
 
-const Kernels kAvx512Bf16 = avx512_bf16::table(
-    "avx512_bf16", {2, avx512_bf16::pack_pairs_transposed, avx512_bf16::pack_pairs_straight,
-                    avx512_bf16::tile<avx512_bf16::Bf16Pairs>, avx512_bf16::multiply_adds<avx512_bf16::Bf16Pairs>});
+const Kernels kAvx512Bf16 = avx512_bf16::table("avx512_bf16", {avx512_bf16::V::kRows,
+                                                               2,
+                                                               1,
+                                                               {},
+                                                               nullptr,
+                                                               nullptr,
+                                                               avx512_bf16::pack_pairs_transposed<1>,
+                                                               avx512_bf16::pack_pairs_transposed<1>,
+                                                               avx512_bf16::pack_pairs_straight<1>,
+                                                               avx512_bf16::tile<avx512_bf16::Bf16Pairs>,
+                                                               avx512_bf16::multiply_adds<avx512_bf16::Bf16Pairs>});
 
 }  // namespace lora_ops
 

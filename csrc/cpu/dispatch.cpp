@@ -35,10 +35,16 @@ double best_seconds(const F& body) {
 
 bool bf16_outruns_f32() {
   alignas(64) static float left[256 * 16], panel[256 * 32], c[kMaxTile];
-  const double f32 = best_seconds([] { kAvx512Bf16.f32.tile(kAvx512Bf16.rows, 2, left, panel, 128 * 16, 128, c, false, {}); });
+  const double f32 =
+      best_seconds([] { kAvx512Bf16.f32.tile(kAvx512Bf16.f32.rows, 2, left, panel, 128 * 16, 128, c, false, {}); });
   const double bf16 =
-      best_seconds([] { kAvx512Bf16.bf16.tile(kAvx512Bf16.rows, 2, left, panel, 128 * 16, 128, c, false, {}); });
+      best_seconds([] { kAvx512Bf16.bf16.tile(kAvx512Bf16.bf16.rows, 2, left, panel, 128 * 16, 128, c, false, {}); });
   return bf16 < 1.5 * f32;  // per step, which is two k in bf16
+}
+
+bool cpu_has_amx() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & (1u << 22)) && (d & (1u << 24));  // AMX-BF16, AMX-TILE
 }
 #endif
 
@@ -52,11 +58,13 @@ const std::vector<Isa>& isas() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    const bool amx = bf16 && cpu_has_amx() && amx_permitted();
     const Isa with_bf16{&kAvx512Bf16, bf16}, without{&kAvx512, avx512};
+    all.push_back({&kAmx, amx});
     if (bf16 && !bf16_outruns_f32()) {
-      all = {without, with_bf16};
+      all.insert(all.end(), {without, with_bf16});
     } else {
-      all = {with_bf16, without};
+      all.insert(all.end(), {with_bf16, without});
     }
     all.push_back({&kAvx2, avx2});
 #endif
@@ -95,15 +103,6 @@ std::vector<std::string> supported_isas() {
   for (const Isa& isa : isas())
     if (isa.supported) names.emplace_back(isa.table->name);
   return names;
-}
-
-bool cpu_has_amx() {
-#if defined(__x86_64__)
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & (1u << 22)) && (d & (1u << 24));  // AMX-BF16, AMX-TILE
-#else
-  return false;
-#endif
 }
 
 }  // namespace lora_ops

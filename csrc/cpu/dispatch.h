@@ -15,9 +15,7 @@ const Kernels& kernels();
 std::vector<std::string> built_isas();
 std::vector<std::string> supported_isas();  // of those, what this CPU can run, fastest first
 
-// Whether torch's own bf16 matrix product has hardware that these kernels do not use (AMX), so that the base product is
-// better left to it.
-bool cpu_has_amx();
+bool amx_permitted();  // whether the operating system lets this process use AMX (amx.cpp)
 
 void lora_forward(const LoraForward& p);
 void lora_backward(const LoraBackward& p);

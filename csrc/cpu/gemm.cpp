@@ -5,10 +5,10 @@
 namespace lora_ops {
 namespace {
 
-constexpr int64_t kLeftBytes = 12 << 20;
-constexpr int64_t kFlushSteps = 256;  // blocks of the reduction are multiples of the micro-kernel's longest chain
-constexpr int64_t kMostGroup = 4;     // panels that a tile of the left operand passes over while it is in L1 / L2
-constexpr int64_t kKeptSteps = 1024;  // block of the reduction in kept panels
+constexpr int64_t kLeftBytes = 12 << 20;  // of a block of M, packed
+constexpr int64_t kFlushSteps = 256;      // blocks of the reduction are multiples of the micro-kernel's longest chain
+constexpr int64_t kMostGroup = 4;         // panels that a tile of the left operand passes over while it is in L1 / L2
+constexpr int64_t kKeptSteps = 1024;      // block of the reduction in kept panels
 constexpr int64_t kLine = 64;
 
 int64_t l2_bytes() {
@@ -22,14 +22,19 @@ int64_t l2_bytes() {
   return bytes;
 }
 
+int64_t kept_steps(const Arithmetic& arithmetic) {
+  return arithmetic.blocking.steps ? arithmetic.blocking.steps : kKeptSteps;
+}
+
 }  // namespace
 
 const Arithmetic& arithmetic_of(const Kernels& k, DType left, DType right) {
   return k.bf16.tile && left == DType::bf16 && right == DType::bf16 ? k.bf16 : k.f32;
 }
 
-int64_t block_rows(const Kernels& k, const Steps& steps) {
-  return std::max<int64_t>(8, kLeftBytes / (std::max<int64_t>(steps.vector, 1) * 4)) * k.rows;
+int64_t block_rows(const Arithmetic& arithmetic, const Steps& steps) {
+  if (arithmetic.blocking.rows) return arithmetic.blocking.rows;
+  return std::max<int64_t>(8, kLeftBytes / (std::max<int64_t>(steps.left, 1) * 4)) * arithmetic.rows;
 }
 
 int useful_threads(int threads, int64_t multiply_adds) {
@@ -50,12 +55,13 @@ void pack_right(const Kernels& k, const Arithmetic& arithmetic, const Matrix& ri
 
 void pack_left(const Kernels& k, const Arithmetic& arithmetic, const Matrix& left, int64_t M, int64_t i, int64_t R, Mask mask,
                float* out) {
-  arithmetic.pack_transposed(from(left, i, 0), static_cast<int>(std::min<int64_t>(k.lanes, M - i)), R, mask, out);
+  const int64_t rows = std::min(Steps::left_vectors(k, arithmetic) * k.lanes, M - i);
+  arithmetic.pack_left(from(left, i, 0), static_cast<int>(rows), R, mask, out);
 }
 
 void pack_kept(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t R, int64_t C, float* panels,
                int threads) {
-  const int64_t block = kKeptSteps * arithmetic.k_per_step, count = ceil_div(C, k.panel());
+  const int64_t block = kept_steps(arithmetic) * arithmetic.k_per_step, count = ceil_div(C, k.panel());
   Tasks tasks(count * ceil_div(R, block));
   parallel(threads, [&](int) {
     tasks.run([&](int64_t task) {
@@ -88,13 +94,15 @@ void Product::plan(int threads) {
   const int64_t steps = Steps(k, arithmetic, R).count;
   // Panels take half of L2. They come in blocks of the reduction, so that several of them pass over a tile of the left operand
   // while it is near.
-  const int64_t most_steps =
-      panels ? kKeptSteps : std::max(kFlushSteps, l2_bytes() / 2 / (kMostGroup * k.panel() * 4) / kFlushSteps * kFlushSteps);
-  const int64_t block_steps =
-      panels ? kKeptSteps : ceil_div(ceil_div(steps, ceil_div(steps, most_steps)), kFlushSteps) * kFlushSteps;
+  const Blocking& given = arithmetic.blocking;
+  int64_t block_steps = kept_steps(arithmetic);
+  if (!panels && !given.steps) {
+    const int64_t most = std::max(kFlushSteps, l2_bytes() / 2 / (kMostGroup * k.panel() * 4) / kFlushSteps * kFlushSteps);
+    block_steps = ceil_div(ceil_div(steps, ceil_div(steps, most)), kFlushSteps) * kFlushSteps;
+  }
+  const int64_t most_group = given.group ? given.group : panels ? kMostGroup : 2 * kMostGroup;
   k_block = std::min(block_steps * arithmetic.k_per_step, std::max<int64_t>(R, 1));
-  group = std::clamp<int64_t>(l2_bytes() / 2 / (std::min(block_steps, steps) * k.panel() * 4), 1,
-                              panels ? kMostGroup : 2 * kMostGroup);
+  group = std::clamp<int64_t>(l2_bytes() / 2 / (std::min(block_steps, steps) * k.panel() * 4), 1, most_group);
   group = std::clamp<int64_t>(count / (8 * threads), 1, group);  // enough groups for an even split
   groups = ceil_div(count, group);
   row_parts = groups >= 2 * threads ? 1 : std::min(tiles.count, ceil_div(2 * threads, groups));
@@ -128,7 +136,7 @@ Ahead Product::upcoming(int64_t task, int64_t next, int64_t k0, int64_t share, i
 void Product::start(int64_t tile, int64_t panel, float* c) const {
   const int rows = static_cast<int>(tiles.size(tile));
   const int64_t row = tiles.start(tile), col = panel * k.panel();
-  tail->multiply(tail_left + tile * tail->r * k.lanes, rows, panel, c);
+  tail->multiply(tail_left + tile * tail->left_size(arithmetic.rows), rows, panel, c);
   if (tail_mask.words) k.mask_tile(c, rows, Mask{tail_mask.words + row * tail_mask.row_stride, tail_mask.row_stride, col});
   if (!left) k.load_tile(from(out, row, col), rows, static_cast<int>(std::min<int64_t>(C - col, k.panel())), c);
 }
@@ -160,6 +168,7 @@ void Product::run(int64_t task, int64_t next, int thread) const {
     return;
   }
   const Steps steps(k, arithmetic, R);
+  if (arithmetic.begin) arithmetic.begin();
   const bool one_block = k_block >= R;
   float* packed = scratch + (thread + 1) * scratch_size - packed_size - 16;
   for (int64_t k0 = 0; k0 < R; k0 += k_block) {
@@ -170,7 +179,7 @@ void Product::run(int64_t task, int64_t next, int thread) const {
       pack_right(k, arithmetic, right, C, p0 * k.panel(), vectors, k0, count, Mask{}, packed, block_steps.vector);
     }
     for (int64_t t = tile0; t < tile1; ++t) {
-      const float* tile_left = left + t * steps.vector + first * k.lanes;
+      const float* tile_left = left + t * steps.left + first * (steps.left / steps.count);
       for (int64_t p = p0; p < p1; ++p) {
         float* c = one_block ? results : results + ((t - tile0) * group + p - p0) * result_size();
         const float* panel = panels ? kept(p, k0) : packed + (p - p0) * 2 * block_steps.vector;
@@ -182,6 +191,7 @@ void Product::run(int64_t task, int64_t next, int thread) const {
       }
     }
   }
+  if (arithmetic.end) arithmetic.end();
 }
 
 }  // namespace lora_ops

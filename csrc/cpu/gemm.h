@@ -63,13 +63,27 @@ class Tasks {
   std::atomic<int64_t> next_{0};
 };
 
-// Steps of a reduction of length R, and the floats of `lanes` rows or columns packed over it: a left tile, or one of the two
-// vectors of a panel.
+// Steps of a reduction of length R, and the floats packed over it: of one of the two vectors of a panel, and of a left tile,
+// which has as many vectors as its rows need.
 struct Steps {
-  int64_t count, vector;
+  int64_t count, vector, left;
   Steps(const Kernels& k, const Arithmetic& arithmetic, int64_t R)
-      : count(ceil_div(R, arithmetic.k_per_step)), vector(count * k.lanes) {}
+      : count(ceil_div(ceil_div(R, arithmetic.k_per_step), arithmetic.multiple) * arithmetic.multiple),
+        vector(count * k.lanes),
+        left(vector * left_vectors(k, arithmetic)) {}
+
+  static int64_t left_vectors(const Kernels& k, const Arithmetic& arithmetic) { return ceil_div(arithmetic.rows, k.lanes); }
 };
+
+// The low-rank factors are multiplied in fp32, whose tiles may have fewer rows than the product's: body(row, rows) for each of
+// them. None reaches over a vector's end.
+template <class F>
+void each_f32_tile(const Kernels& k, int64_t rows, const F& body) {
+  for (int64_t v = 0; v < rows; v += k.lanes) {
+    const Parts parts(std::min<int64_t>(k.lanes, rows - v), k.f32.rows);
+    for (int64_t i = 0; i < parts.count; ++i) body(v + parts.start(i), static_cast<int>(parts.size(i)));
+  }
+}
 
 inline int64_t mask_words(int64_t cols) {
   return ceil_div(cols, kDropoutGroup) * kDropoutWords;
@@ -77,8 +91,8 @@ inline int64_t mask_words(int64_t cols) {
 
 const Arithmetic& arithmetic_of(const Kernels& k, DType left, DType right);
 
-// Most rows of a block of M, so that its packed tiles stay within kLeftBytes.
-int64_t block_rows(const Kernels& k, const Steps& steps);
+// Most rows of a block of M.
+int64_t block_rows(const Arithmetic& arithmetic, const Steps& steps);
 
 // Threads worth waking for this many multiply-adds.
 int useful_threads(int threads, int64_t multiply_adds);
@@ -126,9 +140,14 @@ struct UpPanels {  // right (r, C)
       : k(k_), r(r_), C(C_), data(w.floats(ceil_div(C_, k_.panel()) * r_ * k_.panel())) {}
   int64_t tasks() const { return ceil_div(C, kChunk * k.panel()); }
   void pack(const Matrix& right, int64_t task) const;
-  // c = left · columns of a panel, left [r][lanes]
+  // Floats of the left operand of a tile of up to `rows` rows, [vector of rows][r][lanes], and where its row i begins.
+  int64_t left_size(int rows) const { return ceil_div(rows, k.lanes) * r * k.lanes; }
+  int64_t left_at(int64_t i) const { return i / k.lanes * r * k.lanes + i % k.lanes; }
+  // c = left · columns of a panel
   void multiply(const float* left, int rows, int64_t panel, float* c) const {
-    k.f32.tile(rows, 2, left, data + panel * r * k.panel(), r * k.lanes, r, c, false, {});
+    each_f32_tile(k, rows, [&](int64_t i, int rows_here) {
+      k.f32.tile(rows_here, 2, left + left_at(i), data + panel * r * k.panel(), r * k.lanes, r, c + i * k.panel(), false, {});
+    });
   }
 
   static constexpr int64_t kChunk = 8;
@@ -143,7 +162,7 @@ struct Product {
   const float* left = nullptr;       // packed tiles; null: `out` already holds left · right
   Matrix right = {};                 // (R, C)
   const float* panels = nullptr;     // right packed beforehand, or null
-  const float* tail_left = nullptr;  // [tile][r][lanes]
+  const float* tail_left = nullptr;  // [tile][tail->left_size]
   const UpPanels* tail = nullptr;
   Mask tail_mask = {};  // applied to the tail alone
   Matrix bias = {};
@@ -158,7 +177,7 @@ struct Product {
   void run(int64_t task, int64_t next, int thread) const;
 
  private:
-  int64_t result_size() const { return k.rows * k.panel(); }
+  int64_t result_size() const { return arithmetic.rows * k.panel(); }
   int64_t first_panel(int64_t task) const { return task / row_parts * group; }
   int64_t last_panel(int64_t task) const { return std::min(first_panel(task) + group, ceil_div(C, k.panel())); }
   const float* kept(int64_t panel, int64_t k0) const;

@@ -3,7 +3,7 @@
 //
 // A product C (M, N) = L (M, K) · R (K, N) is computed in tiles of at most `rows` x 2·`lanes`. Both operands are packed:
 //
-//     left   [step][lanes]       one tile's rows, reduction index outermost, rows padded to a vector
+//     left   [step][lanes]       one tile's rows, reduction index outermost, rows padded to a vector (AMX: amx.cpp)
 //     panel  [2][step][lanes]    2·lanes neighbouring columns of R, one vector after the other: each a stream that is
 //                                written and read in order
 //     c      [row][2 * lanes]    the tile's fp32 result
@@ -19,7 +19,7 @@
 namespace lora_ops {
 
 constexpr int kMaxLanes = 16;
-constexpr int kMaxTile = 16 * 2 * kMaxLanes;  // floats of the largest tile
+constexpr int kMaxTile = 32 * 2 * kMaxLanes;  // floats of the largest tile
 constexpr int kDotRows = 8;                   // most left rows of one `dot`
 
 // Dropout's mask beside a matrix: bit c % 32 of word c / 32 of a row says that column c is kept (philox.h). The matrix's
@@ -41,9 +41,22 @@ struct Ahead {
   int64_t step = 0;
 };
 
+// Most steps of a block of the reduction, panels of a group, and rows of M at a time (gemm.h). 0: what the caches suggest.
+struct Blocking {
+  int64_t steps, group, rows;
+};
+
 // How one element type of L and R is packed and multiplied: fp32 arithmetic on widened elements, or bf16 pairs.
 struct Arithmetic {
-  int k_per_step;
+  int rows;        // most rows of a tile
+  int k_per_step;  // neighbouring k of a step
+  int multiple;    // packed operands are padded with zeros to a multiple of this many steps
+  Blocking blocking;
+  // What a thread does before and after its tiles, or null.
+  void (*begin)();
+  void (*end)();
+  // left: `rows` <= lanes · ceil(this->rows / lanes) rows, contiguous along the reduction
+  void (*pack_left)(const Matrix& src, int rows, int64_t k, Mask mask, float* out);
   // out[step][i] = src[i][step]: `rows` <= lanes rows, contiguous along the reduction; beyond them, zero
   void (*pack_transposed)(const Matrix& src, int rows, int64_t k, Mask mask, float* out);
   // out[v * vector_stride + step * lanes + j] = src[step][v * lanes + j]: `cols` columns, contiguous; beyond them, zero
@@ -51,13 +64,12 @@ struct Arithmetic {
   // c[i][j] (+)= Σ_step left[step][i] · panel[step][j], over one or two vectors of columns, vector_stride apart
   void (*tile)(int rows, int vectors, const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c,
                bool accumulate, Ahead ahead);
-  // iterations · rows · 2 independent multiply-adds of vectors on registers: the bench's 100 %
+  // `iterations` steps of a whole tile on registers alone: the bench's 100 %
   float (*multiply_adds)(int64_t iterations);
 };
 
 struct Kernels {
   const char* name;
-  int rows;   // most rows of a tile
   int lanes;  // fp32 lanes of a vector
   Arithmetic f32;
   Arithmetic bf16;  // tile null: this ISA has no bf16 product, f32 serves
@@ -83,6 +95,7 @@ extern const Kernels kGeneric;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Bf16;
+extern const Kernels kAmx;
 #endif
 
 }  // namespace lora_ops

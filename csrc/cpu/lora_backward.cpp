@@ -21,7 +21,7 @@ struct RowReduction {
   float* sums;  // [panel][row][k.panel()]
 
   RowReduction(const Kernels& k_, int64_t rows, int64_t C_, Workspace& w)
-      : k(k_), tiles(rows, k_.rows), C(C_), sums(w.floats(size())) {}
+      : k(k_), tiles(rows, k_.f32.rows), C(C_), sums(w.floats(size())) {}
 
   int64_t size() const { return ceil_div(C, k.panel()) * tiles.total * k.panel(); }
   int64_t panels() const { return tiles.total ? ceil_div(C, k.panel()) : 0; }
@@ -56,8 +56,8 @@ struct RowReduction {
   // out (C, rows), times `scale`
   void store_transposed(int64_t panel, int64_t rows, float scale, const Matrix& out) const {
     alignas(64) float c[kMaxTile];
-    for (int j0 = 0; j0 < cols(panel); j0 += k.rows) {
-      const int height = std::min(k.rows, cols(panel) - j0);
+    for (int j0 = 0; j0 < cols(panel); j0 += k.f32.rows) {
+      const int height = std::min(k.f32.rows, cols(panel) - j0);
       for (int64_t i0 = 0; i0 < rows; i0 += k.panel()) {
         const int width = static_cast<int>(std::min<int64_t>(rows - i0, k.panel()));
         for (int i = 0; i < width; ++i)
@@ -72,7 +72,7 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
   const bool product_here = p.dx.data && p.weight.data;
   const Arithmetic& arithmetic = product_here ? arithmetic_of(k, p.dy.dtype, p.weight.dtype) : k.f32;
   const Steps steps(k, arithmetic, p.N);
-  const Parts blocks(p.M, block_rows(k, steps));
+  const Parts blocks(p.M, block_rows(arithmetic, steps));
   const int threads = useful_threads(p.threads, p.M * p.N * (product_here ? p.K : p.r));
   const bool need_dS = p.dx.data || p.dA.data;
   const bool own_tile = need_dS && arithmetic.k_per_step > 1;  // dS needs fp32 elements
@@ -84,8 +84,9 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
   const UpPanels a(k, p.r, p.K, workspace);
   const RowReduction down_grad(k, p.dA.data ? p.r : 0, p.K, workspace);
   const RowReduction up_grad(k, (p.dB.data ? p.r : 0) + (p.dbias.data ? 1 : 0), p.N, workspace);
-  float* left = workspace.floats(Parts(most_rows, k.rows).count * steps.vector);
-  float* tail_left = workspace.floats(Parts(most_rows, k.rows).count * p.r * k.lanes);
+  const int64_t most_tiles = Parts(most_rows, arithmetic.rows).count;
+  float* left = workspace.floats(most_tiles * steps.left);
+  float* tail_left = workspace.floats(most_tiles * a.left_size(arithmetic.rows));
   float* dS_left = workspace.floats(down_grad.left_size(most_rows));
   float* S_left = workspace.floats(up_grad.left_size(most_rows));
   uint32_t* bits = workspace.words(most_rows * words);
@@ -101,7 +102,7 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
   Tasks adapters(need_dS ? b.tasks() + a.tasks() : 0);
   for (int64_t m = 0; m < blocks.count; ++m) {
     const int64_t row0 = blocks.start(m), rows_here = blocks.size(m);
-    Product product{k, arithmetic, Parts(rows_here, k.rows), p.N, p.K};
+    Product product{k, arithmetic, Parts(rows_here, arithmetic.rows), p.N, p.K};
     product.left = product_here ? left : nullptr;
     product.right = p.weight;
     product.tail_left = tail_left;
@@ -113,25 +114,20 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
       product.scratch = scratch = m == 0 ? workspace.floats(product.scratch_size * threads) : scratch;
     }
 
-    // dS of one tile: the tail's left operand and dA's.
-    const auto dS = [&](int64_t t, const float* tile) {
-      const int rows = static_cast<int>(product.tiles.size(t));
-      const int64_t first = product.tiles.start(t);
+    // dS of an fp32 tile, which begins at row `first` of the block: the tail's left operand and dA's.
+    const auto dS = [&](const float* tile, int64_t first, int rows, float* tail) {
       const float scale = p.scaling * p.dropout.keep_scale;
       alignas(64) float c[kMaxTile];
       for (int64_t j0 = 0; j0 < p.r; j0 += k.panel()) {
         b.multiply(tile, rows, j0, c);
         for (int64_t j = j0; j < std::min(p.r, j0 + k.panel()); ++j)
-          for (int i = 0; i < k.lanes; ++i) {
-            tail_left[(t * p.r + j) * k.lanes + i] = i < rows ? scale * c[i * k.panel() + j - j0] : 0.f;
-          }
+          for (int i = 0; i < rows; ++i) tail[j * k.lanes + i] = scale * c[i * k.panel() + j - j0];
       }
       if (!p.dA.data) return;
       for (int64_t l = 0; l < down_grad.tiles.count; ++l)
         for (int i = 0; i < rows; ++i)
           for (int64_t j = 0; j < down_grad.tiles.size(l); ++j) {
-            dS_left[down_grad.left_at(l, first + i, rows_here) + j] =
-                tail_left[(t * p.r + down_grad.tiles.start(l) + j) * k.lanes + i];
+            dS_left[down_grad.left_at(l, first + i, rows_here) + j] = tail[(down_grad.tiles.start(l) + j) * k.lanes + i];
           }
     };
     const auto S = [&](int64_t t) {
@@ -151,13 +147,15 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
         for (int64_t i = first; i < first + rows; ++i) k.dropout_mask(p.dropout, row0 + i, p.K, bits + i * words);
       }
       if (!need_dS) return;
-      float* tile = left + t * steps.vector;
+      float* tile = left + t * steps.left;
       pack_left(k, arithmetic, p.dy, p.M, row0 + first, p.N, Mask{}, tile);
-      if (own_tile) {
-        tile = own + thread * own_size;
-        pack_left(k, k.f32, p.dy, p.M, row0 + first, p.N, Mask{}, tile);
-      }
-      dS(t, tile);
+      each_f32_tile(k, rows, [&](int64_t i, int rows_there) {
+        if (own_tile) {
+          tile = own + thread * own_size;
+          pack_left(k, k.f32, p.dy, p.M, row0 + first + i, p.N, Mask{}, tile);
+        }
+        dS(tile, first + i, rows_there, tail_left + t * a.left_size(arithmetic.rows) + a.left_at(i));
+      });
     };
 
     const int64_t products = p.dx.data ? product.tasks() : 0;

@@ -26,9 +26,9 @@ void down(const Kernels& k, const DownPanels& a, const float* tile, int rows, fl
   for (int64_t j0 = 0; j0 < a.r; j0 += k.panel()) {
     a.multiply(tile, rows, j0, c);
     for (int64_t j = j0; j < std::min(a.r, j0 + k.panel()); ++j)
-      for (int i = 0; i < k.lanes; ++i) {
-        const float s = i < rows ? c[i * k.panel() + j - j0] * keep_scale : 0.f;
-        if (i < rows) S[i * a.r + j] = s;
+      for (int i = 0; i < rows; ++i) {
+        const float s = c[i * k.panel() + j - j0] * keep_scale;
+        S[i * a.r + j] = s;
         tail_left[j * k.lanes + i] = scaling * s;
       }
   }
@@ -37,7 +37,7 @@ void down(const Kernels& k, const DownPanels& a, const float* tile, int rows, fl
 void forward_blocks(const LoraForward& p, const Kernels& k) {
   const Arithmetic& arithmetic = p.weight.data ? arithmetic_of(k, p.x.dtype, p.weight.dtype) : k.f32;
   const Steps steps(k, arithmetic, p.K);
-  const Parts blocks(p.M, block_rows(k, steps));
+  const Parts blocks(p.M, block_rows(arithmetic, steps));
   const int threads = useful_threads(p.threads, p.M * p.K * (p.weight.data ? p.N : p.r));
   const int64_t words = mask_words(p.K);
   const bool own_tile = p.dropout.threshold || arithmetic.k_per_step > 1;  // S needs another tile than the product
@@ -46,15 +46,15 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
   Workspace workspace;
   const DownPanels a(k, p.K, p.r, workspace);
   const UpPanels b(k, p.r, p.N, workspace);
-  const int64_t most_tiles = Parts(blocks.size(0), k.rows).count;
-  float* left = workspace.floats(most_tiles * steps.vector);
-  float* tail_left = workspace.floats(most_tiles * p.r * k.lanes);
+  const int64_t most_tiles = Parts(blocks.size(0), arithmetic.rows).count;
+  float* left = workspace.floats(most_tiles * steps.left);
+  float* tail_left = workspace.floats(most_tiles * b.left_size(arithmetic.rows));
   float* own = workspace.floats(own_size * threads);
   float* scratch = nullptr;  // of the first block: no later one is larger
 
   Tasks adapters(a.tasks() + b.tasks());
   for (int64_t m = 0; m < blocks.count; ++m) {
-    Product product{k, arithmetic, Parts(blocks.size(m), k.rows), p.K, p.N};
+    Product product{k, arithmetic, Parts(blocks.size(m), arithmetic.rows), p.K, p.N};
     product.left = p.weight.data ? left : nullptr;
     product.right = transposed(p.weight);
     product.panels = p.panels;
@@ -68,19 +68,23 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
     const auto pack_and_down = [&](int64_t t, int thread) {
       const int rows = static_cast<int>(product.tiles.size(t));
       const int64_t row = blocks.start(m) + product.tiles.start(t);
-      float* tile = left + t * steps.vector;
+      float* tile = left + t * steps.left;
       if (product.left || !own_tile) pack_left(k, arithmetic, p.x, p.M, row, p.K, Mask{}, tile);
-      if (own_tile) {
-        tile = own + thread * own_size;
-        Mask mask;
-        if (p.dropout.threshold) {
-          uint32_t* bits = reinterpret_cast<uint32_t*>(tile + p.K * k.lanes);
-          for (int i = 0; i < k.lanes && row + i < p.M; ++i) k.dropout_mask(p.dropout, row + i, p.K, bits + i * words);
-          mask = Mask{bits, words};
+      each_f32_tile(k, rows, [&](int64_t first, int rows_here) {
+        if (own_tile) {
+          tile = own + thread * own_size;
+          Mask mask;
+          if (p.dropout.threshold) {
+            uint32_t* bits = reinterpret_cast<uint32_t*>(tile + p.K * k.lanes);
+            const int64_t drawn = std::min<int64_t>(k.lanes, p.M - row - first);  // as many as pack_left takes
+            for (int i = 0; i < drawn; ++i) k.dropout_mask(p.dropout, row + first + i, p.K, bits + i * words);
+            mask = Mask{bits, words};
+          }
+          pack_left(k, k.f32, p.x, p.M, row + first, p.K, mask, tile);
         }
-        pack_left(k, k.f32, p.x, p.M, row, p.K, mask, tile);
-      }
-      down(k, a, tile, rows, p.dropout.keep_scale, p.scaling, p.S + row * p.r, tail_left + t * p.r * k.lanes);
+        down(k, a, tile, rows_here, p.dropout.keep_scale, p.scaling, p.S + (row + first) * p.r,
+             tail_left + t * b.left_size(arithmetic.rows) + b.left_at(first));
+      });
     };
 
     Tasks tiles(product.tiles.count), groups(product.tasks());
@@ -100,7 +104,7 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
   const int64_t stride = ceil_div(p.K, k.panel()) * k.panel();
   const bool same = !p.dropout.threshold && (p.lora_A.dtype == DType::bf16) == (p.weight.dtype == DType::bf16);
   const int64_t words = p.dropout.threshold ? mask_words(p.K) : 0;
-  const Parts tiles(p.M, std::min({kDotRows, k.rows, k.lanes}));
+  const Parts tiles(p.M, std::min({kDotRows, k.f32.rows, k.lanes}));
 
   Workspace workspace;
   const UpPanels b(k, p.r, p.N, workspace);

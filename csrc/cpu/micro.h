@@ -386,8 +386,9 @@ inline float read_all(const float* p, int64_t count) {
   return lanes[0];
 }
 
-constexpr Arithmetic kF32 = {1, pack_transposed, pack_straight, tile<F32>, multiply_adds<F32>};
+constexpr Arithmetic kF32 = {
+    V::kRows, 1, 1, {}, nullptr, nullptr, pack_transposed, pack_transposed, pack_straight, tile<F32>, multiply_adds<F32>};
 
 constexpr Kernels table(const char* name, Arithmetic bf16) {
-  return {name, V::kRows, kLanes, kF32, bf16, dot, dot_order, store_tile, load_tile, mask_tile, dropout_mask, read_all};
+  return {name, kLanes, kF32, bf16, dot, dot_order, store_tile, load_tile, mask_tile, dropout_mask, read_all};
 }

@@ -1,0 +1,43 @@
+// Packing of bf16 operands without widening: a dword holds elements k and k + 1, an odd last k is paired with zero. Included
+// after avx512.h inside a `#pragma GCC target` region and namespace, so without guard.
+
+// Pairs of k elements, padded to a multiple.
+template <int kMultiple>
+constexpr int64_t padded_pairs(int64_t k) {
+  return ((k + 1) / 2 + kMultiple - 1) / kMultiple * kMultiple;
+}
+
+template <int kMultiple>
+void pack_pairs_transposed(const Matrix& src, int rows, int64_t k, Mask, float* out) {
+  const int64_t pairs = padded_pairs<kMultiple>(k);
+  __m512 v[16];
+  for (int64_t p0 = 0; p0 < pairs; p0 += 16, out += 16 * 16) {
+    if (rows == 16 && 2 * (p0 + 16) <= k) {
+      V::load_transposed(src.at(0, 2 * p0), src.row_stride * 2, v);
+    } else {
+      alignas(64) char part[16][64] = {};
+      const int64_t count = k - 2 * p0 < 32 ? k - 2 * p0 : 32;
+      for (int i = 0; i < rows; ++i) std::memcpy(part[i], src.at(i, 2 * p0), count * 2);
+      V::load_transposed(part[0], 64, v);
+    }
+    for (int64_t j = 0; j < 16 && p0 + j < pairs; ++j) V::store(out + j * 16, v[j]);
+  }
+}
+
+// Elements j and 16 + j of rows s and s + 1, interleaved into two vectors of pairs.
+template <int kMultiple>
+void pack_pairs_straight(const Matrix& src, int64_t cols, int64_t k, Mask, float* out, int vectors, int64_t vector_stride) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+                                       35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (int64_t s = 0; s < 2 * padded_pairs<kMultiple>(k); s += 2, out += 16) {
+    for (int v = 0; v < vectors; v += 2) {
+      const int64_t count = cols - v * 16;
+      const __mmask32 have = count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0u;
+      const __m512i a = s < k ? _mm512_maskz_loadu_epi16(have, src.at(s, v * 16)) : _mm512_setzero_si512();
+      const __m512i b = s + 1 < k ? _mm512_maskz_loadu_epi16(have, src.at(s + 1, v * 16)) : _mm512_setzero_si512();
+      _mm512_storeu_si512(out + v * vector_stride, _mm512_permutex2var_epi16(a, low, b));
+      if (v + 1 < vectors) _mm512_storeu_si512(out + (v + 1) * vector_stride, _mm512_permutex2var_epi16(a, high, b));
+    }
+  }
+}
