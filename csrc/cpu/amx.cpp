@@ -89,10 +89,10 @@ void tile_of(const float* left, const float* panel, int64_t vector_stride, int64
     _tile_zero(3);
   }
   for (int64_t s = 0; s < steps; s += kTileSteps) {
-    for (int i = 0; i < 4; ++i) {
-      __builtin_prefetch(ahead.from, 0, 2);
-      ahead.from += ahead.step;
-    }
+    for (int64_t b = 0; b < kTileSteps * ahead.left_step; b += kLine) __builtin_prefetch(ahead.left + b, 0, 2);
+    ahead.left += kTileSteps * ahead.left_step;
+    for (int64_t b = 0; b < kTileSteps * ahead.panels_step; b += kLine) __builtin_prefetch(ahead.panels + b, 0, 2);
+    ahead.panels += kTileSteps * ahead.panels_step;
     _tile_loadd(4, left, kLine);
     _tile_loadd(6, panel, kLine);
     _tile_dpbf16ps(0, 4, 6);
@@ -114,7 +114,6 @@ void tile_of(const float* left, const float* panel, int64_t vector_stride, int64
 
 void tile_bf16(int rows, int, const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c,
                bool accumulate, Ahead ahead) {
-  if (!ahead.from) ahead.from = reinterpret_cast<const char*>(left);
   rows > kTileRows ? tile_of<true>(left, panel, vector_stride, steps, c, accumulate, ahead)
                    : tile_of<false>(left, panel, vector_stride, steps, c, accumulate, ahead);
 }
@@ -144,7 +143,7 @@ float multiply_adds_bf16(int64_t iterations) {
 const Kernels kAmx = amx::table("amx", {2 * amx::kTileRows,
                                         2,
                                         amx::kTileSteps,
-                                        {128, 16, 512},
+                                        {128, 8, 512},
                                         amx::begin,
                                         amx::end,
                                         amx::pack_left,

@@ -119,19 +119,6 @@ const float* Product::kept(int64_t panel, int64_t k0) const {
   return panels + before + panel * 2 * Steps(k, arithmetic, std::min(k_block, R - k0)).vector;
 }
 
-// The share of one of `shares` tiles in bringing up the panels kept for the block after k0, of this task or the next.
-Ahead Product::upcoming(int64_t task, int64_t next, int64_t k0, int64_t share, int64_t shares) const {
-  if (!panels) return {};
-  const int64_t steps = Steps(k, arithmetic, std::min(k_block, R - k0)).count;
-  k0 += k_block;
-  if (k0 >= R) k0 = 0, task = next;
-  if (task >= tasks()) return {};
-  const char* begin = reinterpret_cast<const char*>(kept(first_panel(task), k0));
-  const int64_t vectors = 2 * (last_panel(task) - first_panel(task));
-  const int64_t bytes = vectors * Steps(k, arithmetic, std::min(k_block, R - k0)).vector * 4;
-  return {begin + bytes * share / shares, ceil_div(bytes, shares * steps)};
-}
-
 // c = what is there before the main product: nothing, or what `out` holds; and the low-rank tail, masked on its own.
 void Product::start(int64_t tile, int64_t panel, float* c) const {
   const int rows = static_cast<int>(tiles.size(tile));
@@ -171,23 +158,38 @@ void Product::run(int64_t task, int64_t next, int thread) const {
   if (arithmetic.begin) arithmetic.begin();
   const bool one_block = k_block >= R;
   float* packed = scratch + (thread + 1) * scratch_size - packed_size - 16;
+  const int64_t left_step = steps.left / steps.count, panels_here = p1 - p0, calls = (tile1 - tile0) * panels_here;
   for (int64_t k0 = 0; k0 < R; k0 += k_block) {
     const int64_t count = std::min(k_block, R - k0), first = k0 / arithmetic.k_per_step;
     const Steps block_steps(k, arithmetic, count);
     if (!panels) {
-      const int vectors = static_cast<int>(2 * (p1 - p0));
+      const int vectors = static_cast<int>(2 * panels_here);
       pack_right(k, arithmetic, right, C, p0 * k.panel(), vectors, k0, count, Mask{}, packed, block_steps.vector);
     }
+    // What the next block of the reduction will read, of this task or the next: every tile brings up its share.
+    const bool last = k0 + count == R;
+    const int64_t next_task = last ? next : task, next_k0 = last ? 0 : k0 + count;
+    const Steps next_steps(k, arithmetic, next_task < tasks() ? std::min(k_block, R - next_k0) : 0);
+    const int64_t left_share = ceil_div(next_steps.count * left_step * 4, panels_here);
+    const int64_t panels_share = panels ? ceil_div(next_steps.vector * 2 * panels_here * 4, calls) : 0;
+    Ahead ahead;
+    ahead.left_step = ceil_div(left_share, block_steps.count);
+    ahead.panels_step = ceil_div(panels_share, block_steps.count);
+    if (panels_share) ahead.panels = reinterpret_cast<const char*>(kept(first_panel(next_task), next_k0));
+
     for (int64_t t = tile0; t < tile1; ++t) {
-      const float* tile_left = left + t * steps.left + first * (steps.left / steps.count);
+      const float* tile_left = left + t * steps.left + first * left_step;
+      ahead.left = reinterpret_cast<const char*>(left + t * steps.left + next_k0 / arithmetic.k_per_step * left_step);
       for (int64_t p = p0; p < p1; ++p) {
         float* c = one_block ? results : results + ((t - tile0) * group + p - p0) * result_size();
         const float* panel = panels ? kept(p, k0) : packed + (p - p0) * 2 * block_steps.vector;
         if (k0 == 0) start(t, p, c);
-        if (k0 + count == R) fetch_out(t, p);
+        if (last) fetch_out(t, p);
         arithmetic.tile(static_cast<int>(tiles.size(t)), 2, tile_left, panel, block_steps.vector, block_steps.count, c, true,
-                        upcoming(task, next, k0, (t - tile0) * (p1 - p0) + p - p0, (tile1 - tile0) * (p1 - p0)));
-        if (k0 + count == R) finish(t, p, c);
+                        ahead);
+        if (last) finish(t, p, c);
+        ahead.left += left_share;
+        ahead.panels += panels_share;
       }
     }
   }

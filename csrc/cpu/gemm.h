@@ -181,7 +181,6 @@ struct Product {
   int64_t first_panel(int64_t task) const { return task / row_parts * group; }
   int64_t last_panel(int64_t task) const { return std::min(first_panel(task) + group, ceil_div(C, k.panel())); }
   const float* kept(int64_t panel, int64_t k0) const;
-  Ahead upcoming(int64_t task, int64_t next, int64_t k0, int64_t share, int64_t shares) const;
   void fetch_out(int64_t tile, int64_t panel) const;
   void finish(int64_t tile, int64_t panel, float* c) const;
   void start(int64_t tile, int64_t panel, float* c) const;

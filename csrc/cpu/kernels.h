@@ -35,10 +35,12 @@ struct Mask {
   }
 };
 
-// Memory that a tile brings to L2 as it goes, `step` bytes further at each step, for whoever comes next.
+// Memory that a tile brings to L2 as it goes, so many bytes further at each step, for whoever comes next.
 struct Ahead {
-  const char* from = nullptr;
-  int64_t step = 0;
+  const char* panels = nullptr;
+  int64_t panels_step = 0;
+  const char* left = nullptr;  // for arithmetic that outruns the path from L3
+  int64_t left_step = 0;
 };
 
 // Most steps of a block of the reduction, panels of a group, and rows of M at a time (gemm.h). 0: what the caches suggest.

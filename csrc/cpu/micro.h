@@ -44,8 +44,8 @@ void tile_of(const float* left, const float* panel, int64_t vector_stride, int64
         __builtin_prefetch(panel + v * vector_stride + kAhead * kLanes);
       }
       __builtin_prefetch(left + kAhead * kLanes);
-      __builtin_prefetch(ahead.from, 0, 2);
-      ahead.from += ahead.step;
+      __builtin_prefetch(ahead.panels, 0, 2);
+      ahead.panels += ahead.panels_step;
 #pragma GCC unroll 16
       for (int i = 0; i < kTileRows; ++i) {
         const T a = V::broadcast(left + i);
@@ -74,7 +74,7 @@ void tile(int rows, int vectors, const float* left, const float* panel, int64_t 
     if (rows != kTileRows) {
       return tile<Op, kTileRows - 1>(rows, vectors, left, panel, vector_stride, steps, c, accumulate, ahead);
     }
-    if (!ahead.from) ahead.from = reinterpret_cast<const char*>(left);  // near already: costs a load slot and nothing else
+    if (!ahead.panels) ahead.panels = reinterpret_cast<const char*>(left);  // near already: costs a load slot, nothing else
     vectors == 1 ? tile_of<Op, kTileRows, 1>(left, panel, vector_stride, steps, c, accumulate, ahead)
                  : tile_of<Op, kTileRows, 2>(left, panel, vector_stride, steps, c, accumulate, ahead);
   }
