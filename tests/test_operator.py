@@ -344,8 +344,11 @@ def test_panels_of_another_weight_are_an_error(panels):
         lora_linear(case.x, case.weight, case.lora_A, case.lora_B, scaling=1.0, panels=panels)
 
 
-def test_reference_is_public():
-    case = make_case(SHAPE, Dtypes(F32, F32))
-    y, _ = reference.lora_forward(case.x, case.weight, case.lora_A, case.lora_B, case.bias, case.scaling)
-    torch.testing.assert_close(y, run(fused_lora, case, backward=False)["y"], rtol=1e-4, atol=1e-4)
+@every_dtype
+def test_reference_is_public(dtypes):
+    """And no less exact than eager in the dtypes that it stands in for a kernel in."""
     assert lora_ops.reference is reference
+    case = make_case(SHAPE, dtypes, bias=True)
+    y, _ = reference.lora_forward(case.x, case.weight, case.lora_A, case.lora_B, case.bias, case.scaling)
+    eager, exact = run(eager_lora, case, backward=False)["y"], oracle(case, backward=False)["y"]
+    assert error(y, eager, exact).within_bound
