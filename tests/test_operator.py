@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import BF16, DTYPES, F16, F32, Dtypes, eager_lora, error, fused_lora, make_case, oracle, run
+from compare import BF16, F16, F32, Dtypes, eager_lora, error, every_dtype, fused_lora, make_case, oracle, run
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +16,6 @@ from lora_ops import FusedLoraLinear, lora_linear, reference
 
 F64 = torch.float64
 M, K, N, r = SHAPE = (41, 33, 65, 8)
-every_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 
 
 def leaves(case) -> list[torch.Tensor]:
