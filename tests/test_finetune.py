@@ -74,6 +74,7 @@ def run(inputs: Path) -> tuple[subprocess.CompletedProcess[str], Path]:
 
 
 def test_the_script_ends_well(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    """Exit status 0, a verdict, and every file that the script promises."""
     done, out = run
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("VERDICT: PEFT and lora_ops agree")
@@ -90,6 +91,7 @@ def both_sides(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def test_both_sides_train(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    """A figure for every step, and a held-out loss that falls."""
     for side in both_sides(run[1]):
         assert len(side["losses"]) == len(side["seconds"]) == STEPS
         assert side["held_out_after"] < side["held_out_before"] - 0.01
@@ -112,6 +114,7 @@ def test_both_sides_train_alike(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_peft_reads_the_adapter(inputs: Path, run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    """From the files alone, and computes what lora_ops computes with them."""
     base, out = inputs / "model", run[1]
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
     assert "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight" in tensors
@@ -146,6 +149,7 @@ def test_peft_reads_the_adapter(inputs: Path, run: tuple[subprocess.CompletedPro
     ],
 )
 def test_verdict(ours: list[float], dropout: float, agree: bool) -> None:
+    """Without dropout every step counts, with dropout the mean of the last; what is not finite never agrees."""
     line, verdict = _report.verdict([2.0, 1.0, 1.0], ours, dropout)
     assert verdict is agree
     assert ("DISAGREE" in line) is not agree
@@ -184,6 +188,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 2, and the option with its value."""
     with pytest.raises(SystemExit) as error:
         finetune.parse(arguments)
     assert error.value.code == 2
@@ -191,5 +196,6 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
 
 
 def test_a_text_too_short() -> None:
+    """Is an error that says by how much."""
     with pytest.raises(SystemExit, match="the held-out text has 3 tokens, fewer than --length 32"):
         finetune.blocks([1, 2, 3], 32, "held-out")

@@ -84,6 +84,7 @@ def test_fp32_weight_under_a_half_precision_x(shape, dtypes):
 
 @every_dtype
 def test_strided_x_and_dy(dtypes):
+    """Views give the gradients of their contiguous copies, bit for bit."""
     case = make_case((41, 33, 65, 8), dtypes, bias=True)
     views = {
         "rows with a stride": poisoned,
@@ -102,6 +103,7 @@ def test_strided_x_and_dy(dtypes):
 
 @every_dtype
 def test_leading_dimensions(dtypes):
+    """Give the gradients of the flattened matrices, bit for bit; a vector is one row."""
     case = make_case((24, 33, 17, 4), dtypes, bias=True)
     flat = run(fused_lora, case, backward=True)
     for lead in ((2, 3, 4), (24, 1)):
@@ -119,6 +121,7 @@ def test_leading_dimensions(dtypes):
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 2), (3, 0, 5, 2), (3, 5, 0, 2), (0, 0, 0, 1)], ids=str)
 def test_dimensions_of_zero(shape):
+    """Give eager's gradients exactly."""
     case = make_case(shape, Dtypes(F32, F32), bias=True)
     run(fused_lora, make_case((41, 33, 17, 4), Dtypes(F32, F32)), backward=True)  # kernels' memory is not zero by chance
     actual, eager = run(fused_lora, case, backward=True), run(eager_lora, case, backward=True)

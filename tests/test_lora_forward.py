@@ -63,6 +63,7 @@ def test_weight_that_is_a_transposed_view(shape, dtypes):
     "shape", [(1, 300, 33, 4), (12, 129, 65, 8), (13, 127, 31, 16), (41, 33, 129, 1), (50, 2048, 70, 4)], ids=str
 )
 def test_packed_weight(shape, dtypes):
+    """Panels made beforehand keep the error within the bound."""
     case = make_case(shape, dtypes)
     panels = lora_ops.pack_weight(case.weight, case.x.dtype)
 
@@ -103,6 +104,7 @@ def layouts(x):
 @every_dtype
 @pytest.mark.parametrize("shape", [(3, 33, 17, 4), (41, 129, 33, 8)], ids=str)
 def test_strided_x(shape, dtypes):
+    """Views give the results of their contiguous copies, bit for bit."""
     case = make_case(shape, dtypes)
     for name, x in layouts(case.x):
         actual, contiguous = (run(fused_lora, replace(case, x=t), backward=False)["y"] for t in (x, x.contiguous()))
@@ -111,6 +113,7 @@ def test_strided_x(shape, dtypes):
 
 @every_dtype
 def test_leading_dimensions(dtypes):
+    """Give the rows of the flattened matrix, bit for bit; a vector is one row."""
     case = make_case((24, 33, 17, 4), dtypes)
     y = run(fused_lora, case, backward=False)["y"]
     for x in (case.x.view(2, 3, 4, 33), case.x.view(4, 6, 33).transpose(0, 1), case.x.view(24, 1, 33)):
@@ -125,6 +128,7 @@ def test_leading_dimensions(dtypes):
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 2), (3, 0, 5, 2), (3, 5, 0, 2), (0, 0, 0, 1)], ids=str)
 def test_dimensions_of_zero(shape):
+    """Give eager's result exactly."""
     case = make_case(shape, Dtypes(F32, F32), bias=True)
     actual, eager = (run(f, case, backward=False)["y"] for f in (fused_lora, eager_lora))
     assert torch.equal(actual, eager)

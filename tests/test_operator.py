@@ -94,6 +94,7 @@ def no_compiled_code():
     ids=str,
 )
 def test_compile_without_a_graph_break(backend, dtypes, dropout_p):
+    """Compiled, results and gradients are those of eager, bit for bit."""
     case = make_case(SHAPE, dtypes, bias=True, dropout_p=dropout_p)
 
     def layer(x, A, B, bias):
@@ -106,6 +107,7 @@ def test_compile_without_a_graph_break(backend, dtypes, dropout_p):
 
 @pytest.mark.parametrize("prepack", [False, True])
 def test_compile_the_module(prepack):
+    """Compiled, the module and its gradients are those of eager, bit for bit."""
     layer = FusedLoraLinear(K, N, r=4, lora_dropout=0.3, init_lora_weights=False, prepack=prepack)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 5, K)
@@ -147,6 +149,7 @@ def test_inductor_drops_the_same_elements_forward_and_backward():
 
 
 def test_export():
+    """The exported program holds the operator and computes the same for another number of rows."""
     layer = FusedLoraLinear(K, N, r=4, init_lora_weights=False).eval()
     rows = torch.export.Dim("rows", min=2)
     program = torch.export.export(layer, (torch.randn(5, K),), dynamic_shapes=({0: rows},))
@@ -241,6 +244,7 @@ def test_nothing_is_saved_without_grad():
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(use_reentrant):
+    """Gives the same gradients, bit for bit."""
     case = make_case(SHAPE, Dtypes(BF16, F32), bias=True)
     layer = FusedLoraLinear(K, N, r=4, init_lora_weights=False, dtype=BF16)
     results = []
