@@ -11,8 +11,9 @@ import numpy as np
 import peft
 from safetensors.numpy import save_file
 
-# In bfloat16 PEFT rounds x W0ᵀ before it adds the adapter's part and rounds again: a part below half a unit in the last
-# place is lost. lora_ops rounds the sum once. So the first steps, when B is still tiny, differ most.
+# Of the largest difference between the curves. Rounding in bfloat16 is what parts them: over the default's first 14 steps they
+# agree to 0.001 % with --dtype float32, while each lies up to 0.4 % from its own float32 curve, and 50 steps in bfloat16 part
+# them by 0.25 %.
 BOUND = 0.01
 DROPOUT_BOUND = 0.03
 

@@ -269,7 +269,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lora-alpha", type=float, default=None, help="default: 2 r")
     parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16", help="of the model")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32", "float16", "float64"], default="bfloat16", help="of the model"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)

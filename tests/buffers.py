@@ -2,8 +2,10 @@
 
 import ctypes
 import mmap
+from dataclasses import replace
 
 import torch
+from compare import Case, fused_lora, run
 from torch import Tensor
 
 MARGIN = 37  # elements on each side: odd, and more than a vector
@@ -42,3 +44,13 @@ def guarded(t: Tensor) -> Tensor:
         raise OSError(ctypes.get_errno(), "mprotect")
     inside = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=start - size)
     return inside.view(t.shape).copy_(t)
+
+
+def assert_nothing_behind_is_read(case: Case, *, backward: bool) -> None:
+    """With every input at the end of its memory, both orientations of the weight, results are the same."""
+    names = ("x", "weight", "lora_A", "lora_B", "bias", "dy")
+    guards = replace(case, **{name: guarded(getattr(case, name)) for name in names})
+    for weight, guard in ((case.weight, guards.weight), (case.weight.T.contiguous().T, guarded(case.weight.T).T)):
+        expected = run(fused_lora, replace(case, weight=weight), backward=backward)
+        actual = run(fused_lora, replace(guards, weight=guard), backward=backward)
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)

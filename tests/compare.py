@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,6 +52,11 @@ SMALL = [
 # Reductions and rows that are split into blocks.
 LARGE = [(50, 2048, 500, 16), (640, 5000, 33, 8), (640, 17, 5000, 4)]
 SHAPES = SMALL + LARGE
+# Around tiles and dot products, one block and several; for what the whole grid need not run.
+FEW = [(1, 300, 33, 4), (1, 33, 300, 4), (3, 129, 17, 1), (15, 48, 129, 16), (41, 127, 33, 100), (100, 33, 65, 8)]
+
+every_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+few_shapes = pytest.mark.parametrize("shape", FEW, ids=str)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ def python(code: str, **variables: str) -> str:
 
 
 def test_build_info():
+    """The installed package's version, a compiler, ISAs with generic among them, no CUDA."""
     info = lora_ops.build_info()
     assert info["version"] == lora_ops.__version__ == version("lora_ops")
     assert re.match(r"(gcc|clang) \d+", info["compiler"])

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from compare import DTYPES, F32, Dtypes, assert_median, assert_within_bound, fused_lora, make_case, shape_errors
+from compare import F32, Dtypes, assert_median, assert_within_bound, every_dtype, fused_lora, make_case, shape_errors
 from torch.utils.checkpoint import checkpoint
 
 import lora_ops
@@ -69,7 +69,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_error(dtypes, backward):
     """The oracle and eager drop what the seed's mask says: forward and backward use that mask, in every tiling."""

@@ -1,16 +1,19 @@
 """examples/finetune.py on a tiny random Llama: the whole script as a user runs it, what it writes, and its verdict."""
 
+import copy
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_models import assert_as_exact
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lora_ops
@@ -25,8 +28,8 @@ STEPS, LENGTH = 3, 32
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path, Path]:
-    """The finished script, the model's directory and the script's output directory."""
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the model, model/, and the text, text.txt."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -54,24 +57,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedP
             torch.nn.init.normal_(layer.weight, std=0.2)
     model.save_pretrained(root / "model")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(root / "model")
-
-    command = [
-        sys.executable,
-        EXAMPLES / "finetune.py",
-        "--model",
-        root / "model",
-        "--text",
-        text,
-        "--out",
-        root / "out",
-    ]
-    command += ["--steps", STEPS, "--length", LENGTH, "--r", 4, "--lr", 0.01, "--dtype", "float32", "--threads", 1]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
-    return done, root / "model", root / "out"
+    return root
 
 
-def test_the_script_ends_well(run: tuple[subprocess.CompletedProcess[str], Path, Path]) -> None:
-    done, _, out = run
+def fine_tune(inputs: Path, out: Path, dtype: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, EXAMPLES / "finetune.py", "--model", inputs / "model", "--text", inputs / "text.txt"]
+    command += ["--out", out, "--dtype", dtype]
+    command += ["--steps", STEPS, "--length", LENGTH, "--r", 4, "--lr", 0.01, "--threads", 1]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def run(inputs: Path) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The finished script and its output directory."""
+    return fine_tune(inputs, inputs / "out", "float32"), inputs / "out"
+
+
+def test_the_script_ends_well(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    """Exit status 0, a verdict, and every file that the script promises."""
+    done, out = run
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("VERDICT: PEFT and lora_ops agree")
     assert sorted(p.name for p in out.iterdir()) == ["adapter", "loss.png", "loss.svg", "results.json"]
@@ -80,20 +84,38 @@ def test_the_script_ends_well(run: tuple[subprocess.CompletedProcess[str], Path,
     assert "</svg>" in (out / "loss.svg").read_text()
 
 
-def test_both_sides_train_alike(run: tuple[subprocess.CompletedProcess[str], Path, Path]) -> None:
-    results = json.loads((run[2] / "results.json").read_text())
+def both_sides(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    results = json.loads((out / "results.json").read_text())
     assert list(results) == ["PEFT", "lora_ops", "frozen"]
-    peft, ours = results["PEFT"], results["lora_ops"]
-    np.testing.assert_allclose(ours["losses"], peft["losses"], rtol=1e-4)
-    for side in (peft, ours):
+    return results["PEFT"], results["lora_ops"]
+
+
+def test_both_sides_train(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    """A figure for every step, and a held-out loss that falls."""
+    for side in both_sides(run[1]):
         assert len(side["losses"]) == len(side["seconds"]) == STEPS
         assert side["held_out_after"] < side["held_out_before"] - 0.01
         assert side["peak_mib"] > 0
-    assert ours["held_out_after"] == pytest.approx(peft["held_out_after"], rel=1e-4)
 
 
-def test_peft_reads_the_adapter(run: tuple[subprocess.CompletedProcess[str], Path, Path]) -> None:
-    _, base, out = run
+def test_both_sides_train_alike(inputs: Path, tmp_path: Path) -> None:
+    """In float64 every loss is PEFT's: the same A, data, scaling and optimiser.
+
+    In float32 AdamW makes a whole step of a gradient that is nothing but rounding, so that chance decides how far two
+    runs part; what the kernels' rounding costs a model is measured in test_injected_models.py. transformers computes the
+    loss itself in float32: its unit in the last place is the bound.
+    """
+    done = fine_tune(inputs, tmp_path, "float64")
+    assert done.returncode == 0, done.stderr
+    expected, actual = (
+        np.array([*side["losses"], side["held_out_before"], side["held_out_after"]]) for side in both_sides(tmp_path)
+    )
+    assert (np.abs(actual - expected) <= np.spacing(np.float32(expected))).all(), actual - expected
+
+
+def test_peft_reads_the_adapter(inputs: Path, run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    """From the files alone, and computes what lora_ops computes with them."""
+    base, out = inputs / "model", run[1]
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
     assert "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight" in tensors
     assert len(tensors) == 2 * 7 * 2
@@ -107,9 +129,10 @@ def test_peft_reads_the_adapter(run: tuple[subprocess.CompletedProcess[str], Pat
     ids = torch.tensor([AutoTokenizer.from_pretrained(base)("Paragraph 99: the lazy fox")["input_ids"]])
     with torch.no_grad():
         expected, actual = theirs(ids).logits, ours(ids).logits
+        exact = copy.deepcopy(theirs).double()(ids).logits
         with theirs.disable_adapter():
             plain = theirs(ids).logits
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert_as_exact([(actual, expected, exact)])
     assert (expected - plain).abs().max() > 0.1
 
 
@@ -126,6 +149,7 @@ def test_peft_reads_the_adapter(run: tuple[subprocess.CompletedProcess[str], Pat
     ],
 )
 def test_verdict(ours: list[float], dropout: float, agree: bool) -> None:
+    """Without dropout every step counts, with dropout the mean of the last; what is not finite never agrees."""
     line, verdict = _report.verdict([2.0, 1.0, 1.0], ours, dropout)
     assert verdict is agree
     assert ("DISAGREE" in line) is not agree
@@ -164,6 +188,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 2, and the option with its value."""
     with pytest.raises(SystemExit) as error:
         finetune.parse(arguments)
     assert error.value.code == 2
@@ -171,5 +196,6 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
 
 
 def test_a_text_too_short() -> None:
+    """Is an error that says by how much."""
     with pytest.raises(SystemExit, match="the held-out text has 3 tokens, fewer than --length 32"):
         finetune.blocks([1, 2, 3], 32, "held-out")

@@ -38,6 +38,7 @@ def test_keeps_the_mode():
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_state_dict(bias):
+    """Its keys and shapes, and that another layer that loads it computes the same."""
     layer = make_layer(linear=nn.Linear(K, N, bias=bias))
     keys = ["weight", "lora_A.default", "lora_B.default", *(["bias"] if bias else [])]
     state = layer.state_dict()
@@ -52,6 +53,7 @@ def test_state_dict(bias):
 
 
 def test_state_dict_of_a_conv1d():
+    """Holds the weight as Conv1D does, (K, N), and loads it, copied or assigned."""
     conv = conv1d()
     layer = make_layer(linear=conv)
     assert torch.equal(layer.state_dict()["weight"], conv.weight)
@@ -81,6 +83,7 @@ def test_state_dict_loads_the_base_layer():
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("prepack", [False, True])
 def test_duplicates(duplicate, linear, merged, prepack):
+    """A copy computes the same, merged or not, and shares no memory."""
     layer = make_layer(linear=linear and linear(), lora_alpha=3, use_rslora=True, prepack=prepack)
     x = make_x()
     unmerged_y = layer(x)
@@ -103,6 +106,7 @@ def test_duplicates(duplicate, linear, merged, prepack):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("linear", [None, conv1d], ids=["Linear", "Conv1D"])
 def test_to_dtype(dtype, linear):
+    """A cast layer computes in its new dtype; panels kept before are of no use any more."""
     layer = make_layer(linear=linear and linear(), prepack=True)
     layer(make_x())
     layer.to(dtype)
@@ -141,6 +145,7 @@ def test_same_seed_same_adapter():
 
 
 def test_meta_device():
+    """A layer made without memory works once it is given memory and a state."""
     layer = FusedLoraLinear(K, N, R, device="meta")
     assert {p.device.type for p in layer.parameters()} == {"meta"}
     source = make_layer()
@@ -257,6 +262,7 @@ BAD_ARGUMENTS = [
 
 @pytest.mark.parametrize(("arguments", "kind", "message"), BAD_ARGUMENTS)
 def test_bad_arguments(arguments, kind, message):
+    """Are named with their value, and the wrapped layer is left as it was."""
     with pytest.raises(kind) as caught:
         FusedLoraLinear(K, N, **arguments)
     assert message in str(caught.value)
@@ -270,6 +276,7 @@ def test_bad_arguments(arguments, kind, message):
 
 @pytest.mark.parametrize("name", ["", "a.b", "keys", 3])
 def test_bad_adapter_names(name):
+    """Are named, and the wrapped layer is left as it was."""
     linear = nn.Linear(K, N)
     with pytest.raises(ValueError, match=f"adapter_name must be a non-empty string .*got {name!r}"):
         FusedLoraLinear.from_linear(linear, adapter_name=name)
@@ -278,6 +285,7 @@ def test_bad_adapter_names(name):
 
 @pytest.mark.parametrize("module", [nn.Embedding(K, N), nn.Conv1d(2, 3, 1), nn.Sequential(nn.Linear(K, N))])
 def test_bad_layers(module):
+    """Are named by their type."""
     with pytest.raises(TypeError, match=f"linear must be an nn.Linear or a transformers Conv1D, got {type(module).__name__}"):
         FusedLoraLinear.from_linear(module)
 
@@ -290,6 +298,7 @@ def test_the_weight_cannot_be_trained():
 
 
 def test_a_wrong_x():
+    """Is named with the K that it must have."""
     with pytest.raises(ValueError, match=rf"x must be \(..., K\) with K = {K}"):
         make_layer()(torch.randn(2, K + 1))
 
@@ -314,6 +323,7 @@ def test_dropout_acts_in_training_alone():
 
 
 def test_repr():
+    """Has sizes, rank, alpha and dropout, and says when the layer is merged."""
     layer = make_layer(lora_alpha=16, lora_dropout=0.1)
     text = f"FusedLoraLinear(\n  in_features={K}, out_features={N}, bias=True, r={R}, lora_alpha=16, lora_dropout=0.1"
     assert repr(layer).startswith(text)

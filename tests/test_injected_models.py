@@ -36,6 +36,7 @@ from lora_ops import (
 @pytest.mark.parametrize("prepack", [False, True])
 @pytest.mark.parametrize("make", [llama, gpt2, bert])
 def test_logits(make, dtype, prepack):
+    """No less exact than PEFT's."""
     config = LoraConfig(r=6, lora_alpha=12, target_modules="all-linear", use_rslora=True)
     logits = [[m.eval()(tokens()).logits for m in three_models(make, dtype, config, prepack=prepack)] for _ in range(4)]
     assert logits[0][0].dtype == dtype
@@ -50,6 +51,7 @@ def loss_of(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_gradients(make, dtype):
+    """Of the adapters and of the biases that train: no less exact than PEFT's."""
     config = LoraConfig(r=4, target_modules="all-linear", bias="lora_only")
     pairs = []
     for _ in range(4):
@@ -102,6 +104,7 @@ def test_gradient_checkpointing():
 
 
 def test_generate():
+    """With a key-value cache: the tokens that the whole sequence gives without one."""
     model = injected(llama().eval())
     prompt = tokens()[:, :5]
     generated = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
@@ -112,6 +115,7 @@ def test_generate():
 @pytest.mark.parametrize("duplicate", DUPLICATES)
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_duplicates(make, duplicate):
+    """A copy computes the same, shares no parameter, and is restored on its own."""
     model = make().eval()
     ids = tokens()
     plain = model(ids).logits
@@ -163,6 +167,7 @@ def test_removed_modules_hold_no_weights_meanwhile():
 
 
 def test_from_meta():
+    """A model made without memory works once it is given memory and a state, and is restored."""
     source = injected(llama())
     with torch.device("meta"):
         model = injected(llama())
@@ -176,6 +181,7 @@ def test_from_meta():
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("make", [llama, gpt2, bert, Mlp])
 def test_remove(make, merged):
+    """The model is the one before: modules, parameters at their addresses, flags, attributes."""
     model = make()
     frozen = next(model.parameters()).requires_grad_(False)
     before = snapshot(model)
@@ -223,6 +229,7 @@ def test_remove_from_parts():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_merge_and_unmerge(make, dtype):
+    """Merged as exact as plain layers of the rounded sum; unmerged bit for bit as before."""
     model = injected(make().to(dtype)).eval()
     state = {name: t.clone() for name, t in model.state_dict().items()}
     ids = tokens()
@@ -274,5 +281,6 @@ def test_merging_twice_is_an_error():
 
 @pytest.mark.parametrize("function", [merge_lora, unmerge_lora, remove_lora, lora_parameters])
 def test_a_model_without_lora(function):
+    """Is an error of each function that needs one with it."""
     with pytest.raises(ValueError, match="model has no"):
         function(Mlp())

@@ -58,6 +58,7 @@ def test_targets_what_peft_targets(make, fields):
 )
 @pytest.mark.filterwarnings("ignore")
 def test_patterns_are_peft_s(pattern):
+    """rank_pattern and alpha_pattern give the ranks, alphas and shapes that they give in PEFT."""
     config = LoraConfig(
         r=4,
         lora_alpha=6,
@@ -98,6 +99,7 @@ def test_options_reach_the_layers():
 
 
 def test_state_dict_keys():
+    """The base model's, and <layer>.lora_A.default and lora_B.default beside them."""
     model = Mlp()
     base = set(model.state_dict())
     add_lora(model, LoraConfig(target_modules=["first", "last"]))
@@ -197,6 +199,7 @@ BAD_FIELDS = [
 
 @pytest.mark.parametrize(("fields", "kind", "message"), BAD_FIELDS)
 def test_bad_config(fields, kind, message):
+    """Is named with its value, when made or when changed later, and the model is left as it was."""
     with pytest.raises(kind) as caught:
         LoraConfig(**fields)
     assert message in str(caught.value)
@@ -273,6 +276,7 @@ BAD_MODELS = [
 
 @pytest.mark.parametrize(("make", "fields", "kind", "message"), BAD_MODELS, ids=[case[3] for case in BAD_MODELS])
 def test_bad_models(make, fields, kind, message):
+    """Are errors that name what does not fit, and the model is left as it was."""
     model = make()
     lazily = make is lazy
     before = None if lazily else snapshot(model)
@@ -313,6 +317,7 @@ def test_adding_to_a_peft_model_is_an_error():
     ],
 )
 def test_bad_arguments(arguments, kind, message):
+    """Are named, and the model is left as it was."""
     name, *adapter_dtype = arguments
     model = Mlp()
     before = snapshot(model)
@@ -322,6 +327,7 @@ def test_bad_arguments(arguments, kind, message):
 
 
 def test_wrong_types():
+    """Of config and model are named."""
     with pytest.raises(TypeError, match=r"config must be a lora_ops\.LoraConfig, got peft\."):
         add_lora(Mlp(), peft.LoraConfig())
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):

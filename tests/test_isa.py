@@ -32,6 +32,7 @@ def run_suite(**variables: str) -> None:
 
 @pytest.mark.parametrize("isa", [isa for isa in INFO["isas_supported"] if isa != INFO["isa"]])
 def test_operator_on(isa):
+    """The operator's tests pass on every other instruction set."""
     run_suite(LORA_OPS_CPU_ISA=isa, LORA_OPS_CPU_BASE="kernel")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import BF16, DTYPES, F16, F32, Dtypes, eager_lora, error, fused_lora, make_case, oracle, run
+from compare import BF16, F16, F32, Dtypes, eager_lora, error, every_dtype, fused_lora, make_case, oracle, run
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +16,6 @@ from lora_ops import FusedLoraLinear, lora_linear, reference
 
 F64 = torch.float64
 M, K, N, r = SHAPE = (41, 33, 65, 8)
-every_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 
 
 def leaves(case) -> list[torch.Tensor]:
@@ -95,6 +94,7 @@ def no_compiled_code():
     ids=str,
 )
 def test_compile_without_a_graph_break(backend, dtypes, dropout_p):
+    """Compiled, results and gradients are those of eager, bit for bit."""
     case = make_case(SHAPE, dtypes, bias=True, dropout_p=dropout_p)
 
     def layer(x, A, B, bias):
@@ -107,6 +107,7 @@ def test_compile_without_a_graph_break(backend, dtypes, dropout_p):
 
 @pytest.mark.parametrize("prepack", [False, True])
 def test_compile_the_module(prepack):
+    """Compiled, the module and its gradients are those of eager, bit for bit."""
     layer = FusedLoraLinear(K, N, r=4, lora_dropout=0.3, init_lora_weights=False, prepack=prepack)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 5, K)
@@ -148,6 +149,7 @@ def test_inductor_drops_the_same_elements_forward_and_backward():
 
 
 def test_export():
+    """The exported program holds the operator and computes the same for another number of rows."""
     layer = FusedLoraLinear(K, N, r=4, init_lora_weights=False).eval()
     rows = torch.export.Dim("rows", min=2)
     program = torch.export.export(layer, (torch.randn(5, K),), dynamic_shapes=({0: rows},))
@@ -242,6 +244,7 @@ def test_nothing_is_saved_without_grad():
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(use_reentrant):
+    """Gives the same gradients, bit for bit."""
     case = make_case(SHAPE, Dtypes(BF16, F32), bias=True)
     layer = FusedLoraLinear(K, N, r=4, init_lora_weights=False, dtype=BF16)
     results = []
@@ -344,8 +347,11 @@ def test_panels_of_another_weight_are_an_error(panels):
         lora_linear(case.x, case.weight, case.lora_A, case.lora_B, scaling=1.0, panels=panels)
 
 
-def test_reference_is_public():
-    case = make_case(SHAPE, Dtypes(F32, F32))
-    y, _ = reference.lora_forward(case.x, case.weight, case.lora_A, case.lora_B, case.bias, case.scaling)
-    torch.testing.assert_close(y, run(fused_lora, case, backward=False)["y"], rtol=1e-4, atol=1e-4)
+@every_dtype
+def test_reference_is_public(dtypes):
+    """And no less exact than eager in the dtypes that it stands in for a kernel in."""
     assert lora_ops.reference is reference
+    case = make_case(SHAPE, dtypes, bias=True)
+    y, _ = reference.lora_forward(case.x, case.weight, case.lora_A, case.lora_B, case.bias, case.scaling)
+    eager, exact = run(eager_lora, case, backward=False)["y"], oracle(case, backward=False)["y"]
+    assert error(y, eager, exact).within_bound

@@ -57,6 +57,7 @@ def test_panels_change_no_result(dtype, rows):
 @pytest.mark.parametrize("prepack", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(dtype, prepack):
+    """Under autocast the layer is within the bound, with panels of another dtype already kept."""
     layer = make_layer(dtype, prepack=prepack)
     x = make_x(dtype)
     exact = eager(copy.deepcopy(layer).double(), x.double())
