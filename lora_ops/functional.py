@@ -66,7 +66,5 @@ def lora_linear(
     if training and dropout_p != 0.0:
         ops.check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)  # before the generator moves
         seed = torch.randint(0, 2**62, (), dtype=torch.int64, device=x.device)
-    y, _ = torch.ops.lora_ops.lora_forward.default(
-        x, weight, lora_A, lora_B, bias, panels, seed, float(scaling), float(dropout_p)
-    )
+    y, _ = ops.lora_forward(x, weight, lora_A, lora_B, bias, panels, seed, float(scaling), float(dropout_p))
     return y

@@ -307,6 +307,42 @@ _BACKWARD = torch.ops.lora_ops.lora_backward.default
 library.impl("lora_forward", _lora_forward_autograd, "Autograd", with_keyset=True)
 
 
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def _dispatcher_has_no_say(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether the dispatcher would do nothing but call the CPU's kernel: no gradient, no subclass, no mode, no tracer."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        all(type(t) in _PLAIN for t in tensors)
+        and tensors[0].is_cpu  # type: ignore[union-attr]
+        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
+        and torch._C._functorch.maybe_current_level() is None
+        and not torch._C._get_tracing_state()
+        and not torch.autograd._profiler_enabled()
+    )
+
+
+def lora_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    panels: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """torch.ops.lora_ops.lora_forward; without the dispatcher where only its price would be noticed (decoding, row by row)."""
+    if _dispatcher_has_no_say((x, weight, lora_A, lora_B, bias, panels, seed)):
+        return _lora_forward_cpu(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p)
+    return _FORWARD(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p)
+
+
 # --- packed weights ---------------------------------------------------------------------------------------------------
 
 

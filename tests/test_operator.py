@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from compare import BF16, F16, F32, Dtypes, eager_lora, error, every_dtype, fused_lora, make_case, oracle, run
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_ops
-from lora_ops import FusedLoraLinear, lora_linear, reference
+from lora_ops import FusedLoraLinear, lora_linear, ops, reference
 
 F64 = torch.float64
 M, K, N, r = SHAPE = (41, 33, 65, 8)
@@ -355,3 +356,56 @@ def test_reference_is_public(dtypes):
     y, _ = reference.lora_forward(case.x, case.weight, case.lora_A, case.lora_B, case.bias, case.scaling)
     eager, exact = run(eager_lora, case, backward=False)["y"], oracle(case, backward=False)["y"]
     assert error(y, eager, exact).within_bound
+
+
+# --- without the dispatcher where it has no say ------------------------------------------------------------------------
+
+
+class Names(TorchDispatchMode):
+    """Collects the operators that the dispatcher sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_and_the_profiler_see_the_operator():
+    case = make_case((3, 33, 17, 4), Dtypes(F32, F32))
+    with torch.no_grad():
+        plain = run(fused_lora, case, backward=False)["y"]
+        with Names() as names:
+            seen = run(fused_lora, case, backward=False)["y"]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            profiled = run(fused_lora, case, backward=False)["y"]
+    assert "lora_ops::lora_forward" in names.seen
+    assert "lora_ops::lora_forward" in [event.key for event in profile.key_averages()]
+    assert torch.equal(plain, seen) and torch.equal(plain, profiled)
+
+
+def test_without_a_gradient_the_result_is_the_same(monkeypatch):
+    """And the dispatcher is not called: decoding would notice its price at every layer."""
+    case = make_case((3, 33, 17, 4), Dtypes(BF16, F32), dropout_p=0.25)
+    torch.manual_seed(1)
+    with torch.enable_grad():
+        dispatched = fused_lora(case.x.requires_grad_(), case, case.lora_A, case.lora_B, case.bias).detach()
+    monkeypatch.setattr(ops, "_FORWARD", None)
+    torch.manual_seed(1)
+    assert torch.equal(run(fused_lora, case, backward=False)["y"], dispatched)
+    with pytest.raises(TypeError, match="NoneType"):
+        run(fused_lora, case, backward=True)
+
+
+def test_subclasses_and_transforms_reach_the_dispatcher():
+    class Sub(torch.Tensor):
+        pass
+
+    case = make_case((3, 33, 17, 4), Dtypes(F32, F32))
+    args = (case.weight, case.lora_A, case.lora_B)
+    with torch.no_grad():
+        assert isinstance(lora_linear(case.x.as_subclass(Sub), *args, scaling=1.0), Sub)
+        one = lora_linear(case.x, *args, scaling=1.0)
+        assert torch.equal(torch.vmap(lambda x: lora_linear(x, *args, scaling=1.0))(case.x[None])[0], one)
