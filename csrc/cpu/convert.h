@@ -1,0 +1,64 @@
+// Half-precision elements in plain C++, free of branches so that the compiler can vectorise a loop over them. Conversions to
+// half precision round to nearest even; none of them depends on subnormal operands, which a thread may have set to be flushed.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../params.h"
+
+namespace lora_ops {
+
+inline float float_of(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+inline uint32_t bits_of(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+
+template <DType kType>
+struct Element;
+
+template <>
+struct Element<DType::f32> {
+  using Stored = float;
+  static float load(float v) { return v; }
+  static float store(float v) { return v; }
+};
+
+template <>
+struct Element<DType::bf16> {
+  using Stored = uint16_t;
+  static float load(uint16_t h) { return float_of(static_cast<uint32_t>(h) << 16); }
+  static uint16_t store(float v) {
+    const uint32_t bits = bits_of(v), rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  }
+};
+
+template <>
+struct Element<DType::f16> {
+  using Stored = uint16_t;
+  static float load(uint16_t h) {
+    const uint32_t rest = (h & 0x7fffu) << 13;
+    const float subnormal = float_of(rest + 0x38800000u) - float_of(0x38800000u);     // (1 + m) 2^-14 - 2^-14
+    const uint32_t normal = rest + (rest < 0x0f800000u ? 0x38000000u : 0x70000000u);  // infinity and NaN stay what they are
+    return float_of((h & 0x8000u) << 16 | (rest < 0x00800000u ? bits_of(subnormal) : normal));
+  }
+  static uint16_t store(float v) {
+    const uint32_t bits = bits_of(v), rest = bits & 0x7fffffffu;
+    const uint32_t subnormal = bits_of(float_of(rest) + 0.5f) - 0x3f000000u;  // 0.5's last place is 2^-24: the adder rounds
+    const uint32_t normal = (rest - 0x38000000u + 0xfffu + (rest >> 13 & 1u)) >> 13;
+    const uint32_t finite = rest < 0x38800000u ? subnormal : normal;
+    const uint32_t infinite = rest > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    return static_cast<uint16_t>((bits >> 16 & 0x8000u) |
+                                 (rest < 0x477ff000u ? finite : infinite));  // 65520 rounds to infinity
+  }
+};
+
+}  // namespace lora_ops
