@@ -60,7 +60,7 @@ def read(state: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, QuantState]:
         absmax=tensor(".absmax"),
         code=tensor(".quant_map"),
         blocksize=fields["blocksize"],
-        dtype=_DTYPES.get(fields["dtype"], fields["dtype"]),
+        dtype=_dtype(fields["dtype"]),
         shape=fields["shape"],
         quant_type=fields["quant_type"],
     )
@@ -69,13 +69,18 @@ def read(state: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, QuantState]:
             absmax=tensor(".nested_absmax"),
             code=tensor(".nested_quant_map"),
             blocksize=fields["nested_blocksize"],
-            dtype=_DTYPES.get(fields["nested_dtype"], fields["nested_dtype"]),
+            dtype=_dtype(fields["nested_dtype"]),
         )
         offset = fields["nested_offset"]
         if type(offset) not in (int, float):
             raise ValueError(f"nested_offset in the quant_state must be a number, got {offset!r}")
         quant_state.offset = torch.tensor(offset, dtype=torch.float32, device=quant_state.absmax.device)
     return tensor(""), quant_state
+
+
+def _dtype(name: Any) -> Any:
+    """A name that is none stays what it is, for the error that follows."""
+    return _DTYPES.get(name, name) if isinstance(name, str) else name
 
 
 class _Fields(dict[str, Any]):

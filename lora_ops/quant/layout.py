@@ -21,11 +21,11 @@ def check_format(shape: Any, dtype: Any, blocksize: Any, quant_type: Any) -> Non
     """Raises ValueError or TypeError naming what does not fit, what it is and what it may be."""
     if not isinstance(shape, tuple) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
         raise ValueError(f"shape of a 4-bit weight must be (N, K) with N, K >= 1, got {shape!r}")
-    if dtype not in DTYPES:
+    if dtype not in tuple(DTYPES):
         raise TypeError(f"dtype of a weight to quantise must be float32, bfloat16 or float16, got {dtype!r}")
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {blocksize!r}")
-    if quant_type not in QUANT_TYPES:
+    if quant_type not in tuple(QUANT_TYPES):
         raise ValueError(f'quant_type must be "nf4" or "fp4", got {quant_type!r}')
 
 
@@ -59,6 +59,10 @@ def unpack_codes(packed: Tensor, K: int) -> Tensor:
     return torch.cat([codes, tail & 15, tail >> 4], dim=1)[:, :K]
 
 
+def has_kernel(t: Tensor) -> bool:
+    return t.device.type == "cpu"
+
+
 def quantize(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
     """codes (N, row_bytes(K)) and absmax of a weight (N, K).
 
@@ -66,7 +70,7 @@ def quantize(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, T
         ValueError: an element that is not finite.
     """
     N, K = weight.shape
-    if weight.device.type != "cpu":
+    if not has_kernel(weight):
         finite = torch.isfinite(weight).reshape(-1)
         if not finite.all():
             raise _not_finite(weight, int((~finite).nonzero()[0]))
@@ -94,7 +98,7 @@ def dequantize(
 ) -> Tensor:
     """weight (N, K) in dtype, from absmax in fp32. float64 is exact, and torch's everywhere."""
     N, K = shape
-    if codes.device.type != "cpu" or dtype not in DTYPES:
+    if not has_kernel(codes) or dtype not in DTYPES:
         return reference.dequantize_4bit(unpack_codes(codes, K), absmax, blocksize, quant_type, dtype)
     codes, absmax = codes.contiguous(), absmax.contiguous()
     weight = codes.new_empty(shape, dtype=dtype)
@@ -108,7 +112,7 @@ def dequantize(
 def to_bitsandbytes(codes: Tensor, shape: tuple[int, int], quant_type: str) -> Tensor:
     """(ceil(N K / 2), 1) uint8, bitsandbytes' packing: two neighbours of the flattened weight per byte, the first one high."""
     N, K = shape
-    if codes.device.type != "cpu":
+    if not has_kernel(codes):
         flat = unpack_codes(codes, K).reshape(-1)
         flat = torch.nn.functional.pad(flat, (0, N * K % 2), value=ZERO_CODE[quant_type])
         return (flat[::2] << 4 | flat[1::2]).view(-1, 1)
@@ -122,7 +126,7 @@ def from_bitsandbytes(packed: Tensor, shape: tuple[int, int], quant_type: str) -
     """The way back, from ceil(N K / 2) bytes of any shape."""
     N, K = shape
     packed = packed.reshape(-1)
-    if packed.device.type != "cpu":
+    if not has_kernel(packed):
         flat = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[: N * K]
         return pack_codes(flat.view(N, K), quant_type)
     codes = packed.new_empty((N, _C.row_bytes(K)))

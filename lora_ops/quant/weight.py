@@ -66,8 +66,8 @@ class NF4Weight:
         if t.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, got {t.dtype}")
         if tuple(t.shape) != shape:
-            raise ValueError(f"{name} of a weight {self.shape} in blocks of {self.blocksize} must have shape {shape}, "
-                             f"got {tuple(t.shape)}")  # fmt: skip
+            of = f"a weight {self.shape} in blocks of {self.blocksize}"
+            raise ValueError(f"{name} of {of} must have shape {shape}, got {tuple(t.shape)}")
         if t.device != self.codes.device:
             raise ValueError(f"{name} must be on codes' device {self.codes.device}, got {t.device}")
         if dtype == torch.float32 and not t.is_meta and not torch.isfinite(t).all():
