@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
+#include "cpu/quantize.h"
 
 namespace py = pybind11;
 using namespace lora_ops;
@@ -20,6 +21,10 @@ Matrix matrix(const py::object& o) {
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+FourBit four_bit(int64_t N, int64_t K, int quant_type, int64_t blocksize, uintptr_t codes, uintptr_t absmax) {
+  return {N, K, static_cast<QuantType>(quant_type), blocksize, pointer<uint8_t>(codes), pointer<float>(absmax)};
 }
 
 Dropout dropout(uint64_t seed, uint32_t threshold, float keep_scale) {
@@ -87,6 +92,31 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("dropout_mask", [](int64_t rows, int64_t cols, uint64_t seed, uint32_t threshold, uintptr_t words) {
     dropout_mask(dropout(seed, threshold, 1.f), rows, cols, pointer<uint32_t>(words));
+  });
+
+  // 4-bit weights: codes (N, row_bytes(K)) in the kernels' layout, absmax fp32, weight (N, K) and packed contiguous.
+  m.def("row_bytes", &row_bytes);
+  m.def("quantize_4bit", [](int64_t N, int64_t K, int quant_type, int64_t blocksize, uintptr_t codes, uintptr_t absmax,
+                            uintptr_t weight, int dtype, int threads) {
+    const FourBit w = four_bit(N, K, quant_type, blocksize, codes, absmax);
+    py::gil_scoped_release release;
+    return quantize_4bit(w, pointer<const void>(weight), static_cast<DType>(dtype), threads);
+  });
+  m.def("dequantize_4bit", [](int64_t N, int64_t K, int quant_type, int64_t blocksize, uintptr_t codes, uintptr_t absmax,
+                              uintptr_t weight, int dtype, int threads) {
+    const FourBit w = four_bit(N, K, quant_type, blocksize, codes, absmax);
+    py::gil_scoped_release release;
+    dequantize_4bit(w, pointer<void>(weight), static_cast<DType>(dtype), threads);
+  });
+  m.def("to_bitsandbytes", [](int64_t N, int64_t K, int quant_type, uintptr_t codes, uintptr_t packed, int threads) {
+    const FourBit w = four_bit(N, K, quant_type, 0, codes, 0);
+    py::gil_scoped_release release;
+    to_bitsandbytes(w, pointer<uint8_t>(packed), threads);
+  });
+  m.def("from_bitsandbytes", [](int64_t N, int64_t K, int quant_type, uintptr_t codes, uintptr_t packed, int threads) {
+    const FourBit w = four_bit(N, K, quant_type, 0, codes, 0);
+    py::gil_scoped_release release;
+    from_bitsandbytes(w, pointer<const uint8_t>(packed), threads);
   });
 
   // The bench's bounds: run `iterations` of the widest multiply-add loop of an arithmetic (its flops are returned), or read

@@ -9,10 +9,12 @@ from .build_info import build_info
 from .functional import lora_linear
 from .nn.linear import FusedLoraLinear
 from .ops import pack_weight
+from .quant import NF4Weight, quantize_nf4
 
 __all__ = [
     "FusedLoraLinear",
     "LoraConfig",
+    "NF4Weight",
     "__version__",
     "add_lora",
     "build_info",
@@ -21,6 +23,7 @@ __all__ = [
     "lora_parameters",
     "merge_lora",
     "pack_weight",
+    "quantize_nf4",
     "reference",
     "remove_lora",
     "unmerge_lora",

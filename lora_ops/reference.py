@@ -10,6 +10,8 @@ Shapes, row-major as in PyTorch: x (M, K), weight (N, K) frozen, lora_A (r, K), 
 drop(x) = x ∘ keep / (1 - p), and drop' is the same mask and factor. Nothing here is fast, and nothing is clever.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -122,3 +124,100 @@ def lora_backward(
     if need_dbias:
         dbias = g.sum(0).to(dy.dtype)
     return dx, dA, dB, dbias
+
+
+# --- 4-bit weights ----------------------------------------------------------------------------------------------------
+#
+# The weight is flattened row by row and cut into blocks, each with one scale: weight = code · absmax. To the last bit what
+# bitsandbytes does on a CPU, where that is right. Codes here are one per byte; lora_ops/quant/layout.py packs them.
+
+CODES_4BIT = {
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    # Code 8 is a second zero, which positive numbers round to.
+    "fp4": tuple(sign * v / 12 for sign in (1.0, -1.0) for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
+}  # fmt: skip
+NESTED_BLOCKSIZE = 256
+
+
+def code_4bit(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
+    """The 16 values of "nf4" or "fp4", fp32, indexed by code."""
+    return torch.tensor(CODES_4BIT[quant_type], dtype=torch.float32, device=device) + 0.0  # no -0
+
+
+def _blocks(flat: Tensor, blocksize: int) -> Tensor:
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % blocksize)).view(-1, blocksize)
+
+
+def quantize_4bit(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
+    """Codes (n,) uint8 of the flattened weight and absmax (ceil(n / blocksize),) fp32.
+
+    The code is the nearest to weight / absmax, the lower one half way between two. NF4: Dettmers et al., "QLoRA: Efficient
+    Finetuning of Quantized LLMs", NeurIPS 2023 (https://arxiv.org/abs/2305.14314).
+    """
+    n = weight.numel()
+    blocks = _blocks(weight.detach().float().reshape(-1), blocksize)
+    absmax = blocks.abs().amax(1)
+    largest = absmax.clamp(min=1e-38)
+    scaled = blocks * (1.0 / largest)[:, None]
+    if n % blocksize:  # the last, partial block is divided, not multiplied, and its scale is never zero
+        scaled[-1], absmax[-1] = blocks[-1] / largest[-1], largest[-1]
+    values, ascending = code_4bit(quant_type, weight.device).sort(stable=True)
+    codes = ascending[torch.bucketize(scaled.view(-1)[:n], (values[:-1] + values[1:]) / 2)]
+    return codes.to(torch.uint8), absmax
+
+
+def dequantize_4bit(codes: Tensor, absmax: Tensor, blocksize: int, quant_type: str, dtype: torch.dtype) -> Tensor:
+    """code · absmax in codes' shape: multiplied in fp32 and rounded once to dtype; in fp64 for float64, exactly."""
+    wide = torch.promote_types(dtype, torch.float32)
+    value = code_4bit(quant_type, codes.device).to(wide)[codes.long()].view(-1)
+    scale = absmax.to(wide).repeat_interleave(blocksize)[: value.numel()]
+    return (value * scale).to(dtype).view(codes.shape)
+
+
+@functools.cache
+def nested_code() -> Tensor:
+    """The 256 values, ascending, that absmax is quantised to: bitsandbytes' signed dynamic map. 0, 1, and with either sign
+    10^(i - 6) times the middles of 2^i equal parts of [0.1, 1], i = 0 ... 6.
+
+    Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", ICLR 2016 (https://arxiv.org/abs/1511.04561).
+    """
+    positive = []
+    for i in range(7):
+        edges = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float32, device="cpu")
+        positive.append(10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2))
+    halves = torch.cat(positive)
+    return torch.cat([-halves, halves, torch.tensor([0.0, 1.0], device="cpu")]).sort().values
+
+
+@functools.cache
+def _nested_bins() -> Tensor:
+    """(65536,) uint8: the code nearest to each of as many equal steps from -1 to 1."""
+    code = nested_code()
+    steps = 2 * torch.arange(65536, dtype=torch.float32, device="cpu") / 65535 - 1
+    return torch.bucketize(steps, (code[:-1] + code[1:]) / 2).to(torch.uint8)
+
+
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantisation: codes (blocks,) uint8, their nested_absmax (ceil(blocks / 256),) and offset (), both fp32.
+
+    offset = mean(absmax), by torch, whose sum of more than 32768 numbers may differ in the last bit between thread counts.
+    absmax - offset, over its block's largest magnitude, goes to the nearest of 65536 steps and from there to the nearest
+    code: not always to the nearest code, but to bitsandbytes'.
+    """
+    offset = absmax.mean()
+    blocks = _blocks(absmax - offset, NESTED_BLOCKSIZE)
+    nested_absmax = blocks.abs().amax(1)
+    scaled = (blocks * (1.0 / nested_absmax)[:, None]).clamp(-1, 1)
+    step = ((scaled + 1) * 0.5 * 65535 + 0.5).nan_to_num(0.0).int()  # NaN: 0 / 0, a block of zeros
+    codes = _nested_bins().to(absmax.device)[step.view(-1)[: absmax.numel()]]
+    return codes, nested_absmax, offset
+
+
+def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, code: Tensor, offset: Tensor) -> Tensor:
+    """absmax (blocks,) fp32 = code[codes] · nested_absmax + offset, rounded after each of the two operations."""
+    scale = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: codes.numel()]
+    return code[codes.long()] * scale + offset

@@ -1,0 +1,134 @@
+"""4-bit codes of a weight (N, K) in the kernels' memory layout (csrc/nf4.h): uint8 (N, row_bytes(K)), made and read.
+
+On the CPU by the extension, elsewhere by torch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C, reference
+
+QUANT_TYPES = {"nf4": 0, "fp4": 1}
+ZERO_CODE = {"nf4": 7, "fp4": 0}
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_CHUNK = 128
+
+
+def check_format(shape: Any, dtype: Any, blocksize: Any, quant_type: Any) -> None:
+    """Raises ValueError or TypeError naming what does not fit, what it is and what it may be."""
+    if not isinstance(shape, tuple) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
+        raise ValueError(f"shape of a 4-bit weight must be (N, K) with N, K >= 1, got {shape!r}")
+    if dtype not in tuple(DTYPES):
+        raise TypeError(f"dtype of a weight to quantise must be float32, bfloat16 or float16, got {dtype!r}")
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {blocksize!r}")
+    if quant_type not in tuple(QUANT_TYPES):
+        raise ValueError(f'quant_type must be "nf4" or "fp4", got {quant_type!r}')
+
+
+def pack_codes(codes: Tensor, quant_type: str) -> Tensor:
+    """(N, K) codes, one per byte, to (N, row_bytes(K)).
+
+    Of every 128 weights, nibble j of 16-bit word w holds weight 32 j + w. A rest of up to 64 takes one byte per two weights:
+    32 j + w in nibble j of byte w. What lies beyond the row is the code of zero.
+    """
+    N, K = codes.shape
+    short = 0 < K % _CHUNK <= _CHUNK // 2
+    multiple = _CHUNK // 2 if short else _CHUNK
+    padded = torch.nn.functional.pad(codes, (0, -K % multiple), value=ZERO_CODE[quant_type])
+    whole = padded.shape[1] // _CHUNK * _CHUNK
+    j = padded[:, :whole].reshape(N, -1, 4, 32)
+    packed = torch.stack([j[:, :, 0] | j[:, :, 1] << 4, j[:, :, 2] | j[:, :, 3] << 4], dim=-1).view(N, whole // 2)
+    if not short:
+        return packed
+    tail = padded[:, whole:].reshape(N, 2, 32)
+    return torch.cat([packed, tail[:, 0] | tail[:, 1] << 4], dim=1)
+
+
+def unpack_codes(packed: Tensor, K: int) -> Tensor:
+    """The way back, (N, K)."""
+    N = packed.shape[0]
+    whole = packed.shape[1] // 64 * 64
+    words = packed[:, :whole].reshape(N, -1, 32, 2)
+    low, high = words[..., 0], words[..., 1]
+    codes = torch.stack([low & 15, low >> 4, high & 15, high >> 4], dim=2).view(N, 2 * whole)
+    tail = packed[:, whole:]
+    return torch.cat([codes, tail & 15, tail >> 4], dim=1)[:, :K]
+
+
+def has_kernel(t: Tensor) -> bool:
+    return t.device.type == "cpu"
+
+
+def quantize(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
+    """codes (N, row_bytes(K)) and absmax of a weight (N, K).
+
+    Raises:
+        ValueError: an element that is not finite.
+    """
+    N, K = weight.shape
+    if not has_kernel(weight):
+        finite = torch.isfinite(weight).reshape(-1)
+        if not finite.all():
+            raise _not_finite(weight, int((~finite).nonzero()[0]))
+        flat, absmax = reference.quantize_4bit(weight, blocksize, quant_type)
+        return pack_codes(flat.view(N, K), quant_type), absmax
+    weight = weight.contiguous()
+    codes = weight.new_empty((N, _C.row_bytes(K)), dtype=torch.uint8)
+    absmax = weight.new_empty(-(-N * K // blocksize), dtype=torch.float32)
+    bad = _C.quantize_4bit(
+        N, K, QUANT_TYPES[quant_type], blocksize, codes.data_ptr(), absmax.data_ptr(), weight.data_ptr(),
+        DTYPES[weight.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    if bad >= 0:
+        raise _not_finite(weight, bad)
+    return codes, absmax
+
+
+def _not_finite(weight: Tensor, index: int) -> ValueError:
+    n, k = divmod(index, weight.shape[1])
+    return ValueError(f"weight must be finite, got {weight[n, k].item()} at {(n, k)}")
+
+
+def dequantize(
+    codes: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int, quant_type: str, dtype: torch.dtype
+) -> Tensor:
+    """weight (N, K) in dtype, from absmax in fp32. float64 is exact, and torch's everywhere."""
+    N, K = shape
+    if not has_kernel(codes) or dtype not in DTYPES:
+        return reference.dequantize_4bit(unpack_codes(codes, K), absmax, blocksize, quant_type, dtype)
+    codes, absmax = codes.contiguous(), absmax.contiguous()
+    weight = codes.new_empty(shape, dtype=dtype)
+    _C.dequantize_4bit(
+        N, K, QUANT_TYPES[quant_type], blocksize, codes.data_ptr(), absmax.data_ptr(), weight.data_ptr(),
+        DTYPES[dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return weight
+
+
+def to_bitsandbytes(codes: Tensor, shape: tuple[int, int], quant_type: str) -> Tensor:
+    """(ceil(N K / 2), 1) uint8, bitsandbytes' packing: two neighbours of the flattened weight per byte, the first one high."""
+    N, K = shape
+    if not has_kernel(codes):
+        flat = unpack_codes(codes, K).reshape(-1)
+        flat = torch.nn.functional.pad(flat, (0, N * K % 2), value=ZERO_CODE[quant_type])
+        return (flat[::2] << 4 | flat[1::2]).view(-1, 1)
+    codes = codes.contiguous()
+    packed = codes.new_empty(((N * K + 1) // 2, 1))
+    _C.to_bitsandbytes(N, K, QUANT_TYPES[quant_type], codes.data_ptr(), packed.data_ptr(), torch.get_num_threads())
+    return packed
+
+
+def from_bitsandbytes(packed: Tensor, shape: tuple[int, int], quant_type: str) -> Tensor:
+    """The way back, from ceil(N K / 2) bytes of any shape."""
+    N, K = shape
+    packed = packed.reshape(-1)
+    if not has_kernel(packed):
+        flat = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[: N * K]
+        return pack_codes(flat.view(N, K), quant_type)
+    codes = packed.new_empty((N, _C.row_bytes(K)))
+    _C.from_bitsandbytes(N, K, QUANT_TYPES[quant_type], codes.data_ptr(), packed.data_ptr(), torch.get_num_threads())
+    return codes
