@@ -18,6 +18,7 @@
 #include <unistd.h>
 #endif
 
+#include "../nf4.h"
 #include "../philox.h"
 #include "dispatch.h"
 #include "kernels.h"

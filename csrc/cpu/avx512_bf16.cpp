@@ -6,6 +6,7 @@
 
 #include <cstring>
 
+#include "../nf4.h"
 #include "../philox.h"
 #include "kernels.h"
 

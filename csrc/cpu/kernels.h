@@ -21,6 +21,7 @@ namespace lora_ops {
 constexpr int kMaxLanes = 16;
 constexpr int kMaxTile = 32 * 2 * kMaxLanes;  // floats of the largest tile
 constexpr int kDotRows = 8;                   // most left rows of one `dot`
+constexpr int kMostDecoded = 512;             // most weights of one `decode`
 
 // Dropout's mask beside a matrix: bit c % 32 of word c / 32 of a row says that column c is kept (philox.h). The matrix's
 // column j is the mask's column `first` + j. `words` null: everything is kept.
@@ -80,6 +81,14 @@ struct Kernels {
   // room for `rows` rounded up to a power of two.
   void (*dot)(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c);
   void (*dot_order)(const Matrix& src, int64_t k, Mask mask, DType right, float* out);
+  // The same with rows `row` and on of a 4-bit weight, columns [k0, k0 + k), k0 a multiple of 128, K of 32. `left` is in the
+  // order for bf16, or in pairs where this ISA has none.
+  void (*dot_codes)(int rows, const float* left, int64_t left_stride, const QuantizedWeight& w, int64_t row, int cols,
+                    int64_t k0, int64_t k, float* c);
+  void (*dot_order_codes)(const Matrix& src, int64_t k, Mask mask, float* out);
+  // Columns [k0, k0 + k) of a row of a 4-bit weight as fp32 or bf16, k0 a multiple of 128, k <= kMostDecoded. `out` has room
+  // for k rounded up to 128.
+  void (*decode)(const QuantizedWeight& w, int64_t row, int64_t k0, int64_t k, DType to, void* out);
   // y[i][j] = c[i][j] + bias[j], rounded once to y's type
   void (*store_tile)(const float* c, int rows, int cols, const Matrix& bias, const Matrix& y);
   // c[i][j] (+)= y[i][j]
