@@ -113,9 +113,11 @@ struct V {
     first = _mm256_permute2f128_ps(low, high, 0x20);
     second = _mm256_permute2f128_ps(low, high, 0x31);
   }
-  // kLanes scales: rounded after the product and after the sum, so the two must not become one operation
-  static void scales(const uint8_t* codes, const float* nested_code, float nested_absmax, float offset, float* out) {
-    const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+  // `count` <= kLanes scales: rounded after the product and after the sum, so the two must not become one operation
+  static void scales(const uint8_t* codes, int count, const float* nested_code, float nested_absmax, float offset, float* out) {
+    uint64_t bytes = 0;
+    std::memcpy(&bytes, codes, static_cast<size_t>(count));
+    const __m256i index = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)));
     T v = _mm256_mul_ps(_mm256_i32gather_ps(nested_code, index, 4), _mm256_set1_ps(nested_absmax));
     pin(v);
     store(out, _mm256_add_ps(v, _mm256_set1_ps(offset)));

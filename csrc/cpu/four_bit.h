@@ -8,26 +8,22 @@
 
 constexpr int kGroup = 32;  // weights of a chunk under one nibble: whole blocks are made of them
 constexpr int kGroups = kChunk / kGroup;
-constexpr int kMostScales = kMostDecoded / kGroup + 1;
+constexpr int kNested = 256;  // scales under one nested_absmax
+constexpr int kScaleSpan = 4096;  // weights of a row whose scales are computed together
 
-// The scales of blocks [first, first + count) <= kMostScales.
+// The scales of blocks [first, first + count). `out` has room for kLanes more.
 inline void scales_of(const QuantizedWeight& w, int64_t first, int64_t count, float* out) {
   if (!w.nested_code) {
     std::memcpy(out, static_cast<const float*>(w.absmax) + first, count * sizeof(float));
     return;
   }
   const uint8_t* codes = static_cast<const uint8_t*>(w.absmax);
-  for (int64_t b = first; b < first + count;) {
-    const int64_t nested_end = (b / 256 + 1) * 256, end = nested_end < first + count ? nested_end : first + count;
-    const float nested_absmax = w.nested_absmax[b / 256];
-    for (; b + kLanes <= end; b += kLanes) V::scales(codes + b, w.nested_code, nested_absmax, w.offset, out + (b - first));
-    if (b == end) continue;
-    uint8_t part[kLanes] = {};
-    float scales[kLanes];
-    std::memcpy(part, codes + b, end - b);
-    V::scales(part, w.nested_code, nested_absmax, w.offset, scales);
-    std::memcpy(out + (b - first), scales, (end - b) * sizeof(float));
-    b = end;
+  for (int64_t b = first, end; b < first + count; b = end) {
+    end = (b / kNested + 1) * kNested < first + count ? (b / kNested + 1) * kNested : first + count;
+    for (int64_t i = b; i < end; i += kLanes) {
+      const int here = static_cast<int>(end - i < kLanes ? end - i : kLanes);
+      V::scales(codes + i, here, w.nested_code, w.nested_absmax[b / kNested], w.offset, out + (i - first));
+    }
   }
 }
 
@@ -39,18 +35,18 @@ inline const uint8_t* chunk_at(const uint8_t* row, int64_t k, int64_t K, uint8_t
 }
 
 template <DType kType>
-void decode_as(const QuantizedWeight& w, int64_t row, int64_t k0, int64_t k, void* out) {
+void decode_as(const QuantizedWeight& w, int64_t row, int64_t k0, int64_t k, char* out, int64_t group_stride) {
   const uint8_t* codes = w.codes + row * row_bytes(w.K);
   const int64_t at = row * w.K + k0;  // in the flattened weight
   const int shift = __builtin_ctzll(static_cast<unsigned long long>(w.blocksize));
   const int64_t first = at >> shift;
-  float scale[kMostScales];
+  float scale[kMostDecoded / kGroup + 1 + kLanes];
   scales_of(w, first, ((at + k - 1) >> shift) - first + 1, scale);
   uint8_t own[kChunkBytes];
   for (int64_t c = 0; c < k; c += kChunk) {
     const uint8_t* chunk = chunk_at(codes, k0 + c, w.K, own);
 #pragma GCC unroll 4
-    for (int j = 0; j < kGroups; ++j) {
+    for (int j = 0; j < kGroups; ++j, out += group_stride) {
       const int64_t i = c + j * kGroup;
       if (i >= k) break;
       const bool one_scale = w.K % kGroup == 0;
@@ -68,15 +64,16 @@ void decode_as(const QuantizedWeight& w, int64_t row, int64_t k0, int64_t k, voi
           a = V::mul(a, V::load(scales + p));
           b = V::mul(b, V::load(scales + p + kLanes));
         }
-        store_as<kType>(out, i + p, a);
-        store_as<kType>(out, i + p + kLanes, b);
+        store_as<kType>(out, p, a);
+        store_as<kType>(out, p + kLanes, b);
       }
     }
   }
 }
 
-inline void decode(const QuantizedWeight& w, int64_t row, int64_t k0, int64_t k, DType to, void* out) {
-  to == DType::bf16 ? decode_as<DType::bf16>(w, row, k0, k, out) : decode_as<DType::f32>(w, row, k0, k, out);
+inline void decode(const QuantizedWeight& w, int64_t row, int64_t k0, int64_t k, DType to, char* out, int64_t group_stride) {
+  to == DType::bf16 ? decode_as<DType::bf16>(w, row, k0, k, out, group_stride)
+                    : decode_as<DType::f32>(w, row, k0, k, out, group_stride);
 }
 
 inline void dot_order_codes(const Matrix& src, int64_t k, Mask mask, float* out) {
@@ -101,7 +98,7 @@ void dot_codes_rows(const float* left, int64_t left_stride, const QuantizedWeigh
     T acc[kTogether][kLeft][kChains];
     const uint8_t* codes[kTogether];
     int64_t at[kTogether], first[kTogether];
-    float scale[kTogether][kMostScales];
+    float scale[kTogether][kScaleSpan / kGroup + 1 + kLanes];
 #pragma GCC unroll 2
     for (int j = 0; j < kTogether; ++j) {
       const int64_t n = row + (j0 + j < cols ? j0 + j : j0);
@@ -114,8 +111,8 @@ void dot_codes_rows(const float* left, int64_t left_stride, const QuantizedWeigh
         for (int h = 0; h < kChains; ++h) acc[j][i][h] = V::zero();
     }
     for (int64_t c0 = 0; c0 < k; c0 += kChunk) {
-      if (c0 % kMostDecoded == 0) {
-        const int64_t count = k - c0 < kMostDecoded ? k - c0 : kMostDecoded;
+      if (c0 % kScaleSpan == 0) {
+        const int64_t count = k - c0 < kScaleSpan ? k - c0 : kScaleSpan;
 #pragma GCC unroll 2
         for (int j = 0; j < kTogether; ++j) {
           first[j] = (at[j] + c0) >> shift;
@@ -125,7 +122,10 @@ void dot_codes_rows(const float* left, int64_t left_stride, const QuantizedWeigh
       uint8_t own[kTogether][kChunkBytes];
       const uint8_t* chunk[kTogether];
 #pragma GCC unroll 2
-      for (int j = 0; j < kTogether; ++j) chunk[j] = chunk_at(codes[j], k0 + c0, w.K, own[j]);
+      for (int j = 0; j < kTogether; ++j) {
+        chunk[j] = chunk_at(codes[j], k0 + c0, w.K, own[j]);
+        __builtin_prefetch(codes[j] + (k0 + c0) / 2 + 2 * kTogether * bytes, 0, 3);  // the rows after these
+      }
 #pragma GCC unroll 4
       for (int g = 0; g < kGroups; g += kPerTable) {
         if (c0 + g * kGroup >= k) break;

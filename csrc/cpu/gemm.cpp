@@ -59,12 +59,13 @@ void pack_quantized(const Kernels& k, const Arithmetic& arithmetic, const Quanti
                     int64_t j, int vectors, int64_t k0, int64_t count, float* out, int64_t vector_stride, void* buffer) {
   const DType type = arithmetic.k_per_step == 1 ? DType::f32 : DType::bf16;
   const Matrix decoded{buffer, kDecodeStride, 1, type};
+  const int64_t group_stride = kWords * size_of(type);
   if (transpose) {  // columns of right are rows of the weight
     for (int v = 0; v < vectors; ++v, j += k.lanes) {
       const int rows = static_cast<int>(std::clamp<int64_t>(C - j, 0, k.lanes));
       for (int64_t s = 0; s < count; s += kMostDecoded) {
         const int64_t here = std::min<int64_t>(kMostDecoded, count - s);
-        for (int i = 0; i < rows; ++i) k.decode(weight, j + i, k0 + s, here, type, decoded.at(i, 0));
+        for (int i = 0; i < rows; ++i) k.decode(weight, j + i, k0 + s, here, type, decoded.at(i, 0), group_stride);
         float* to = out + v * vector_stride + s / arithmetic.k_per_step * k.lanes;
         arithmetic.pack_transposed(decoded, rows, here, Mask{}, to);
       }
@@ -75,7 +76,8 @@ void pack_quantized(const Kernels& k, const Arithmetic& arithmetic, const Quanti
   const int64_t first = j / kChunk * kChunk, cols = std::min<int64_t>(C - j, int64_t{vectors} * k.lanes);
   for (int64_t s = 0; s < count; s += kDecodeRows) {
     const int64_t here = std::min(kDecodeRows, count - s);
-    for (int64_t i = 0; i < here; ++i) k.decode(weight, k0 + s + i, first, j + cols - first, type, decoded.at(i, 0));
+    for (int64_t i = 0; i < here; ++i)
+      k.decode(weight, k0 + s + i, first, j + cols - first, type, decoded.at(i, 0), group_stride);
     float* to = out + s / arithmetic.k_per_step * k.lanes;
     arithmetic.pack_straight(from(decoded, 0, j - first), cols, here, Mask{}, to, vectors, vector_stride);
   }

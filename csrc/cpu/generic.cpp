@@ -113,8 +113,8 @@ struct V {
     first = T{even[0], odd[0], even[1], odd[1]};
     second = T{even[2], odd[2], even[3], odd[3]};
   }
-  static void scales(const uint8_t* codes, const float* nested_code, float nested_absmax, float offset, float* out) {
-    for (int i = 0; i < kLanes; ++i) {
+  static void scales(const uint8_t* codes, int count, const float* nested_code, float nested_absmax, float offset, float* out) {
+    for (int i = 0; i < count; ++i) {
       const float product = nested_code[codes[i]] * nested_absmax;  // the baseline has no fused multiply-add
       out[i] = product + offset;
     }

@@ -54,6 +54,8 @@ struct Arithmetic {
   int rows;        // most rows of a tile
   int k_per_step;  // neighbouring k of a step
   int multiple;    // packed operands are padded with zeros to a multiple of this many steps
+  // Whether the left operand is not transposed: [32 k][rows][32 k], so that it can be decoded in place.
+  bool left_in_rows;
   Blocking blocking;
   // What a thread does before and after its tiles, or null.
   void (*begin)();
@@ -86,9 +88,9 @@ struct Kernels {
   void (*dot_codes)(int rows, const float* left, int64_t left_stride, const QuantizedWeight& w, int64_t row, int cols,
                     int64_t k0, int64_t k, float* c);
   void (*dot_order_codes)(const Matrix& src, int64_t k, Mask mask, float* out);
-  // Columns [k0, k0 + k) of a row of a 4-bit weight as fp32 or bf16, k0 a multiple of 128, k <= kMostDecoded. `out` has room
-  // for k rounded up to 128.
-  void (*decode)(const QuantizedWeight& w, int64_t row, int64_t k0, int64_t k, DType to, void* out);
+  // Columns [k0, k0 + k) of a row of a 4-bit weight as fp32 or bf16, k0 a multiple of 128, k <= kMostDecoded: groups of 32,
+  // `group_stride` bytes apart, whole ones.
+  void (*decode)(const QuantizedWeight& w, int64_t row, int64_t k0, int64_t k, DType to, char* out, int64_t group_stride);
   // y[i][j] = c[i][j] + bias[j], rounded once to y's type
   void (*store_tile)(const float* c, int rows, int cols, const Matrix& bias, const Matrix& y);
   // c[i][j] (+)= y[i][j]
