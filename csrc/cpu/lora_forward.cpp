@@ -4,9 +4,13 @@
 // left operand of the tail), and then the product of gemm.h runs with S Bᵀ as r more steps in the same accumulators: y is
 // rounded and stored once. With dropout, S is taken from a masked copy of the tile; the mask lives as long as the tile does.
 //
-// With few rows a packed weight would be used too rarely to pay for its packing: its rows are read where they lie.
+// With few rows a packed weight would be used too rarely to pay for its packing: its rows are read where they lie, or decoded
+// in strips (strip.h).
 #include "dispatch.h"
 #include "gemm.h"
+#include "strip.h"
+
+#include <optional>
 
 namespace lora_ops {
 namespace {
@@ -17,7 +21,8 @@ constexpr int64_t kDotBlock = 1024;     // reduction block: kDotRows rows of x s
 
 constexpr int64_t kFewRowsCodes = 8;  // the same for a 4-bit weight, decoded anew for every kDotRows rows
 
-bool few_rows(const LoraForward& p) {
+bool few_rows(const LoraForward& p, const Kernels& k) {
+  if (Strips::fit(p, k)) return true;
   if (p.quantized.codes) return p.M <= kFewRowsCodes && p.K % 32 == 0;
   return p.weight.data && p.weight.col_stride == 1 && p.M <= (p.panels ? kFewRowsPacked : kFewRows);
 }
@@ -109,7 +114,7 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
 void forward_few_rows(const LoraForward& p, const Kernels& k) {
   const int threads = useful_threads(p.threads, p.M * p.K * p.N);
   const int64_t stride = ceil_div(p.K, k.panel()) * k.panel();
-  const bool codes = p.quantized.codes;
+  const bool codes = p.quantized.codes, in_strips = Strips::fit(p, k);
   const bool same = !p.dropout.threshold && !codes && (p.lora_A.dtype == DType::bf16) == (p.weight.dtype == DType::bf16);
   const int64_t words = p.dropout.threshold ? mask_words(p.K) : 0;
   const Parts tiles(p.M, std::min({kDotRows, k.f32.rows, k.lanes}));
@@ -120,6 +125,8 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
   float* dropped = same ? left : workspace.floats((p.M + kDotRows) * stride);
   uint32_t* bits = workspace.words(p.M * words);
   float* tail_left = workspace.floats(tiles.count * p.r * k.lanes);
+  std::optional<const Strips> strips;
+  if (in_strips) strips.emplace(k, p, threads, workspace);
   const int64_t panels = ceil_div(p.N, k.panel()), r_panels = ceil_div(p.r, k.panel());
   // One row streams through whole rows of W0; more are cut so that their block of x stays in L1.
   const int64_t k_block = p.M <= 2 ? stride : kDotBlock;
@@ -127,7 +134,9 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
   const auto order = [&](int64_t i) {
     Mask mask;
     const Matrix row = from(p.x, i, 0);
-    if (codes) {
+    if (in_strips) {
+      // packed below
+    } else if (codes) {
       k.dot_order_codes(row, p.K, mask, left + i * stride);
     } else {
       k.dot_order(row, p.K, mask, p.weight.dtype, left + i * stride);
@@ -152,14 +161,16 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
         tail[(j0 + j) * k.lanes + i] = p.scaling * s;
       }
   };
-  const auto product = [&](int64_t panel) {
+  const auto product = [&](int64_t panel, int thread) {
     const int64_t col = panel * k.panel();
     const int cols = static_cast<int>(std::min<int64_t>(p.N - col, k.panel()));
+    const float* products = strips ? strips->run(col, cols, thread) : nullptr;
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int rows = static_cast<int>(tiles.size(t));
       alignas(64) float c[kMaxTile];
       b.multiply(tail_left + t * p.r * k.lanes, rows, panel, c);
-      for (int64_t k0 = 0; k0 < p.K; k0 += k_block) {
+      if (strips) strips->add(products, tiles.start(t), rows, cols, c);
+      for (int64_t k0 = 0; k0 < p.K && !strips; k0 += k_block) {
         const float* x = left + tiles.start(t) * stride + k0;
         const int64_t count = std::min(k_block, p.K - k0);
         if (codes) {
@@ -172,13 +183,17 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
     }
   };
 
-  Tasks prepare(p.M + b.tasks()), downs(tiles.count * r_panels), products(panels);
-  parallel(threads, [&](int) {
-    prepare.run([&](int64_t t) { t < p.M ? order(t) : b.pack(transposed(p.lora_B), t - p.M); });
+  Tasks prepare(p.M + b.tasks() + (strips ? strips->tasks() : 0)), downs(tiles.count * r_panels), products(panels);
+  parallel(threads, [&](int thread) {
+    prepare.run([&](int64_t t) {
+      if (t < p.M) return order(t);
+      t -= p.M;
+      t < b.tasks() ? b.pack(transposed(p.lora_B), t) : strips->pack_x(t - b.tasks());
+    });
     sync();
     downs.run(down);
     sync();
-    products.run(product);
+    products.run([&](int64_t panel) { product(panel, thread); });
   });
 }
 
@@ -187,7 +202,7 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
 void lora_forward(const LoraForward& p) {
   if (p.M == 0 || p.N == 0) return;
   const Kernels& k = kernels();
-  few_rows(p) ? forward_few_rows(p, k) : forward_blocks(p, k);
+  few_rows(p, k) ? forward_few_rows(p, k) : forward_blocks(p, k);
 }
 
 int64_t packed_size(const Kernels& k, int64_t N, int64_t K, DType x, DType weight) {
