@@ -123,6 +123,18 @@ void tile_bf16(int rows, int vectors, const float* left, const float* panel, int
   of(left, panel, vector_stride, steps, c, accumulate, ahead);
 }
 
+#include "amx_strip.h"
+
+int64_t strip_scratch(int64_t K) {
+  return 2 * kChunkOut + kStripRows * (K / kGroup + kLanes) * 4 + kLine;
+}
+
+constexpr Kernels with_strips(Kernels kernels) {
+  kernels.strip = strip;
+  kernels.strip_scratch = strip_scratch;
+  return kernels;
+}
+
 float multiply_adds_bf16(int64_t iterations) {
   alignas(64) float c[kRegister];
   begin();
@@ -145,10 +157,10 @@ float multiply_adds_bf16(int64_t iterations) {
 
 }  // namespace amx
 
-const Kernels kAmx = amx::with_pairs(
-    amx::table("amx", {2 * amx::kTileRows, 2, amx::kTileSteps, true, {128, 8, 512}, amx::begin, amx::end, amx::pack_left,
+const Kernels kAmx = amx::with_strips(amx::with_pairs(
+    amx::table("amx", {2 * amx::kTileRows, 2, amx::kTileSteps, {128, 8, 512}, amx::begin, amx::end, amx::pack_left,
                        amx::pack_pairs_transposed<amx::kTileSteps>, amx::pack_pairs_straight<amx::kTileSteps>, amx::tile_bf16,
-                       amx::multiply_adds_bf16}));
+                       amx::multiply_adds_bf16})));
 
 }  // namespace lora_ops
 

@@ -54,8 +54,6 @@ struct Arithmetic {
   int rows;        // most rows of a tile
   int k_per_step;  // neighbouring k of a step
   int multiple;    // packed operands are padded with zeros to a multiple of this many steps
-  // Whether the left operand is not transposed: [32 k][rows][32 k], so that it can be decoded in place.
-  bool left_in_rows;
   Blocking blocking;
   // What a thread does before and after its tiles, or null.
   void (*begin)();
@@ -99,6 +97,12 @@ struct Kernels {
   void (*mask_tile)(float* c, int rows, Mask mask);
   void (*dropout_mask)(const Dropout& dropout, int64_t row, int64_t cols, uint32_t* words);
   float (*read_all)(const float* p, int64_t count);  // reads `count` floats in order: the bench's bandwidth
+
+  // products[panel of M][strip's row][panel] = rows [row, row + rows) of a 4-bit weight, at most a panel's width, times x in
+  // bf16's panels [panel of M][2][vector_stride]; K a multiple of 32. Null where `dot_codes` is as good.
+  void (*strip)(const QuantizedWeight& w, int64_t row, int rows, const float* x_panels, int64_t vector_stride, int64_t M,
+                float* products, char* scratch);
+  int64_t (*strip_scratch)(int64_t K);  // bytes
 
   int panel() const { return 2 * lanes; }
 };
