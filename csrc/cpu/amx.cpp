@@ -157,10 +157,17 @@ float multiply_adds_bf16(int64_t iterations) {
 
 }  // namespace amx
 
-const Kernels kAmx = amx::with_strips(amx::with_pairs(
-    amx::table("amx", {2 * amx::kTileRows, 2, amx::kTileSteps, {128, 8, 512}, amx::begin, amx::end, amx::pack_left,
-                       amx::pack_pairs_transposed<amx::kTileSteps>, amx::pack_pairs_straight<amx::kTileSteps>, amx::tile_bf16,
-                       amx::multiply_adds_bf16})));
+const Kernels kAmx = amx::with_strips(amx::with_pairs(amx::table("amx", {2 * amx::kTileRows,
+                                                                         2,
+                                                                         amx::kTileSteps,
+                                                                         {128, 8, 512},
+                                                                         amx::begin,
+                                                                         amx::end,
+                                                                         amx::pack_left,
+                                                                         amx::pack_pairs_transposed<amx::kTileSteps>,
+                                                                         amx::pack_pairs_straight<amx::kTileSteps>,
+                                                                         amx::tile_bf16,
+                                                                         amx::multiply_adds_bf16})));
 
 }  // namespace lora_ops
 

@@ -8,7 +8,7 @@
 
 constexpr int kGroup = 32;  // weights of a chunk under one nibble: whole blocks are made of them
 constexpr int kGroups = kChunk / kGroup;
-constexpr int kNested = 256;  // scales under one nested_absmax
+constexpr int kNested = 256;      // scales under one nested_absmax
 constexpr int kScaleSpan = 4096;  // weights of a row whose scales are computed together
 
 // The scales of blocks [first, first + count). `out` has room for kLanes more.

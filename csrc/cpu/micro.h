@@ -397,6 +397,5 @@ constexpr Arithmetic kF32 = {
 
 constexpr Kernels table(const char* name, Arithmetic bf16) {
   return {name,   kLanes,     kF32,      bf16,      dot,          dot_order, dot_codes, dot_order_codes,
-          decode, store_tile, load_tile, mask_tile, dropout_mask, read_all,
-          nullptr, nullptr};
+          decode, store_tile, load_tile, mask_tile, dropout_mask, read_all,  nullptr,   nullptr};
 }

@@ -7,6 +7,7 @@
 namespace lora_ops {
 
 constexpr int64_t kStripBytes = 1 << 20;  // of packed x
+constexpr int64_t kFewestInStrips = 3;    // rows of x: fewer are faster as dot products (measured)
 
 struct Strips {
   const Kernels& k;
@@ -16,7 +17,7 @@ struct Strips {
   float* scratch;   // threads * scratch_size: products, and what the kernel needs
 
   static bool fit(const LoraForward& p, const Kernels& k) {
-    return p.quantized.codes && p.x.dtype == DType::bf16 && k.strip && p.K % 32 == 0 &&
+    return p.quantized.codes && p.x.dtype == DType::bf16 && k.strip && p.K % 32 == 0 && p.M >= kFewestInStrips &&
            p.M * p.K * size_of(p.x.dtype) <= kStripBytes;
   }
 
