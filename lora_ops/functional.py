@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .autograd import check_frozen
 
 
 def lora_linear(
@@ -52,7 +53,7 @@ def lora_linear(
         TypeError: a dtype that does not fit.
     """
     if torch.is_grad_enabled():
-        ops.check_frozen(weight)
+        check_frozen(weight)
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))

@@ -29,6 +29,40 @@ def check_format(shape: Any, dtype: Any, blocksize: Any, quant_type: Any) -> Non
         raise ValueError(f'quant_type must be "nf4" or "fp4", got {quant_type!r}')
 
 
+def check_tensors(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    shape: tuple[int, int],
+    blocksize: int,
+) -> None:
+    """Raises ValueError or TypeError naming the tensor of a 4-bit weight (N, K) that does not fit, but for its numbers."""
+    N, K = shape
+    blocks = -(-N * K // blocksize)
+    double_quant = nested_absmax is not None
+    if (nested_code is not None) != double_quant or (offset is not None) != double_quant:
+        raise ValueError("nested_absmax, nested_code and offset go together: all of them, or None for each")
+    groups = -(-blocks // reference.NESTED_BLOCKSIZE)
+    for name, t, dtype, expected in (
+        ("codes", codes, torch.uint8, (N, _C.row_bytes(K))),
+        ("absmax", absmax, torch.uint8 if double_quant else torch.float32, (blocks,)),
+        ("nested_absmax", nested_absmax, torch.float32, (groups,)),
+        ("nested_code", nested_code, torch.float32, (256,)),
+        ("offset", offset, torch.float32, ()),
+    ):
+        if t is None:
+            continue
+        if t.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {t.dtype}")
+        if t.shape != expected:
+            of = f"a weight {shape} in blocks of {blocksize}"
+            raise ValueError(f"{name} of {of} must have shape {expected}, got {tuple(t.shape)}")
+        if t.device != codes.device:
+            raise ValueError(f"{name} must be on codes' device {codes.device}, got {t.device}")
+
+
 def pack_codes(codes: Tensor, quant_type: str) -> Tensor:
     """(N, K) codes, one per byte, to (N, row_bytes(K)).
 
