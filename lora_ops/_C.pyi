@@ -8,8 +8,8 @@ FourBit = tuple[int, int, int, int, int, int, int]
 compiler: str
 
 def lora_forward(
-    M: int, K: int, N: int, r: int, x: Matrix, weight: Matrix | FourBit, panels: int, lora_A: Matrix, lora_B: Matrix, bias: Matrix,
-    scaling: float, seed: int, threshold: int, keep_scale: float, y: Matrix, S: int, threads: int, /,
+    M: int, K: int, N: int, r: int, x: Matrix, weight: Matrix | FourBit, panels: int, lora_A: Matrix, lora_B: Matrix,
+    bias: Matrix, scaling: float, seed: int, threshold: int, keep_scale: float, y: Matrix, S: int, threads: int, /,
 ) -> None: ...  # fmt: skip
 def lora_backward(
     M: int, K: int, N: int, r: int, dy: Matrix, x: Matrix, weight: Matrix | FourBit, lora_A: Matrix, lora_B: Matrix, S: int,

@@ -105,7 +105,7 @@ def _strided(t: Tensor) -> Tensor:
     return t.contiguous()
 
 
-def _rows(t: Tensor) -> Tensor:
+def rows_of(t: Tensor) -> Tensor:
     """(..., C) as (rows, C) with contiguous rows, a view wherever one exists."""
     if t.dim() != 2:
         t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
@@ -192,7 +192,7 @@ def backward_kernel(
     """Writes dx (M, K) if there is one, and returns dA, dB, dbias. Without a weight, dx already holds dy W0."""
     (M, N), (r, K) = g.shape, lora_A.shape
     A, B = lora_A.contiguous(), lora_B.contiguous()
-    rows = _rows(x) if need_dA and x is not None else None
+    rows = rows_of(x) if need_dA and x is not None else None
     dA = torch.empty((r, K) if need_dA else 0, dtype=lora_A.dtype)
     dB = torch.empty((N, r) if need_dB else 0, dtype=lora_B.dtype)
     dbias = torch.empty(N if need_dbias else 0, dtype=g.dtype)
@@ -218,10 +218,10 @@ def _lora_forward_cpu(
 ) -> tuple[Tensor, Tensor]:
     check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if not _has_kernel(x, weight):
-        return _lora_forward_reference(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p)
+        return forward_reference(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p)
     if panels is not None:
         _check_panels(panels, weight, x.dtype)
-    N, rows = weight.shape[0], _rows(x)
+    N, rows = weight.shape[0], rows_of(x)
     external = panels is None and base_on_torch(x.dtype)
     y = rows @ weight.to(x.dtype).T if external else torch.empty((rows.shape[0], N), dtype=x.dtype)
     weight = _strided(weight)
@@ -244,8 +244,8 @@ def _lora_backward_cpu(
     *need: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not _has_kernel(dy, weight):
-        return _lora_backward_reference(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, *need)
-    K, g = weight.shape[1], _rows(dy)
+        return backward_reference(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, *need)
+    K, g = weight.shape[1], rows_of(dy)
     external = need_dx and base_on_torch(dy.dtype)
     dx = g @ weight.to(g.dtype) if external else torch.empty((g.shape[0], K) if need_dx else 0, dtype=dy.dtype)
     weight = _strided(weight)
@@ -257,14 +257,14 @@ def _lora_backward_cpu(
 # --- devices and dtypes without a kernel ------------------------------------------------------------------------------
 
 
-def _lora_forward_reference(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p):  # type: ignore[no-untyped-def]
+def forward_reference(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p):  # type: ignore[no-untyped-def]
     check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y, S = reference.lora_forward(rows, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
     return y.reshape(*x.shape[:-1], weight.shape[0]), S
 
 
-def _lora_backward_reference(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, *need):  # type: ignore[no-untyped-def]
+def backward_reference(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, *need):  # type: ignore[no-untyped-def]
     M = math.prod(dy.shape[:-1])
     rows = None if x is None else x.reshape(M, weight.shape[1])
     grads = reference.lora_backward(
@@ -306,8 +306,8 @@ def fake_gradients(
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
-_FORWARD = register("lora_forward", _lora_forward_cpu, _lora_forward_reference, _lora_forward_fake)
-_BACKWARD = register("lora_backward", _lora_backward_cpu, _lora_backward_reference, _lora_backward_fake)
+_FORWARD = register("lora_forward", _lora_forward_cpu, forward_reference, _lora_forward_fake)
+_BACKWARD = register("lora_backward", _lora_backward_cpu, backward_reference, _lora_backward_fake)
 register_autograd("lora_forward", Operator(_FORWARD, _BACKWARD, weight_args=1))
 
 

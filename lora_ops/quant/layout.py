@@ -23,6 +23,10 @@ def check_format(shape: Any, dtype: Any, blocksize: Any, quant_type: Any) -> Non
         raise ValueError(f"shape of a 4-bit weight must be (N, K) with N, K >= 1, got {shape!r}")
     if dtype not in tuple(DTYPES):
         raise TypeError(f"dtype of a weight to quantise must be float32, bfloat16 or float16, got {dtype!r}")
+    check_code(blocksize, quant_type)
+
+
+def check_code(blocksize: Any, quant_type: Any) -> None:
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {blocksize!r}")
     if quant_type not in tuple(QUANT_TYPES):
