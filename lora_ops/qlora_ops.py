@@ -45,11 +45,14 @@ class Weight(NamedTuple):
     blocksize: int
     quant_type: str
 
-    def scales(self) -> Tensor:
-        """(blocks,) float32."""
+    def scales(self, first: int = 0, end: int | None = None) -> Tensor:
+        """absmax[first:end] in float32."""
         if self.nested_absmax is None or self.nested_code is None or self.offset is None:
-            return self.absmax
-        return reference.dequantize_absmax(self.absmax, self.nested_absmax, self.nested_code, self.offset)
+            return self.absmax[first:end]
+        group = first // reference.NESTED_BLOCKSIZE
+        start = group * reference.NESTED_BLOCKSIZE
+        nested = self.nested_absmax[group:], self.nested_code, self.offset
+        return reference.dequantize_absmax(self.absmax[start:end], *nested)[first - start :]
 
     def dequantize(self, K: int, dtype: torch.dtype) -> Tensor:
         shape = (self.codes.shape[0], K)
@@ -59,12 +62,12 @@ class Weight(NamedTuple):
         """Some rows at a time, and their weights in dtype: 1 MiB, or more where fewer rows are no whole number of blocks."""
         rows = self.blocksize // math.gcd(K, self.blocksize)
         rows *= max(1, _PIECE // (rows * K * dtype.itemsize))
-        scales = self.scales()
         for n in range(0, self.codes.shape[0], rows):
             codes = self.codes[n : n + rows]
-            shape, absmax = (codes.shape[0], K), scales[n * K // self.blocksize :]
-            weight = layout.dequantize(codes, absmax, shape, self.blocksize, self.quant_type, dtype)
-            yield slice(n, n + rows), weight
+            shape = (codes.shape[0], K)
+            first = n * K // self.blocksize
+            scales = self.scales(first, first + -(-codes.shape[0] * K // self.blocksize))
+            yield slice(n, n + rows), layout.dequantize(codes, scales, shape, self.blocksize, self.quant_type, dtype)
 
     def contiguous(self) -> "Weight":
         return Weight(*(t.contiguous() if isinstance(t, Tensor) else t for t in self))  # type: ignore[arg-type]
@@ -95,7 +98,7 @@ def check(
         raise ValueError(f"codes must be on x's device {x.device}, got {weight.codes.device}")
 
 
-def _base_on_torch(dtype: torch.dtype) -> bool:
+def base_on_torch(dtype: torch.dtype) -> bool:
     return not _KERNEL_READS_4BIT or ops.base_on_torch(dtype)
 
 
@@ -108,7 +111,7 @@ def _forward_cpu(x: Tensor, *args):  # type: ignore[no-untyped-def]
     weight, rows, N = weight.contiguous(), ops.rows_of(x), lora_B.shape[0]
     y = torch.empty((rows.shape[0], N), dtype=x.dtype)
     kernel_weight = None
-    if _base_on_torch(x.dtype):
+    if base_on_torch(x.dtype):
         for n, piece in weight.pieces(x.shape[-1], x.dtype):
             y[:, n] = rows @ piece.T
     else:
@@ -125,7 +128,7 @@ def _backward_cpu(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-untyp
     weight, g, K = weight.contiguous(), ops.rows_of(dy), lora_A.shape[1]
     dx = torch.empty((g.shape[0], K) if need_dx else 0, dtype=dy.dtype)
     kernel_weight = None
-    if need_dx and _base_on_torch(dy.dtype):
+    if need_dx and base_on_torch(dy.dtype):
         total = torch.zeros(dx.shape, dtype=torch.float32)
         for n, piece in weight.pieces(K, dy.dtype):
             total += g[:, n] @ piece

@@ -33,6 +33,12 @@ def check_code(blocksize: Any, quant_type: Any) -> None:
         raise ValueError(f'quant_type must be "nf4" or "fp4", got {quant_type!r}')
 
 
+def row_bytes(K: int) -> int:
+    """Of one row's codes: csrc/nf4.h's function, for those who trace Python."""
+    rest = K % _CHUNK
+    return K // _CHUNK * 64 + (0 if rest == 0 else 32 if rest <= _CHUNK // 2 else 64)
+
+
 def check_tensors(
     codes: Tensor,
     absmax: Tensor,
@@ -50,7 +56,7 @@ def check_tensors(
         raise ValueError("nested_absmax, nested_code and offset go together: all of them, or None for each")
     groups = -(-blocks // reference.NESTED_BLOCKSIZE)
     for name, t, dtype, expected in (
-        ("codes", codes, torch.uint8, (N, _C.row_bytes(K))),
+        ("codes", codes, torch.uint8, (N, row_bytes(K))),
         ("absmax", absmax, torch.uint8 if double_quant else torch.float32, (blocks,)),
         ("nested_absmax", nested_absmax, torch.float32, (groups,)),
         ("nested_code", nested_code, torch.float32, (256,)),
@@ -115,7 +121,7 @@ def quantize(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, T
         flat, absmax = reference.quantize_4bit(weight, blocksize, quant_type)
         return pack_codes(flat.view(N, K), quant_type), absmax
     weight = weight.contiguous()
-    codes = weight.new_empty((N, _C.row_bytes(K)), dtype=torch.uint8)
+    codes = weight.new_empty((N, row_bytes(K)), dtype=torch.uint8)
     absmax = weight.new_empty(-(-N * K // blocksize), dtype=torch.float32)
     bad = _C.quantize_4bit(
         N, K, QUANT_TYPES[quant_type], blocksize, codes.data_ptr(), absmax.data_ptr(), weight.data_ptr(),
@@ -167,6 +173,6 @@ def from_bitsandbytes(packed: Tensor, shape: tuple[int, int], quant_type: str) -
     if not has_kernel(packed):
         flat = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[: N * K]
         return pack_codes(flat.view(N, K), quant_type)
-    codes = packed.new_empty((N, _C.row_bytes(K)))
+    codes = packed.new_empty((N, row_bytes(K)))
     _C.from_bitsandbytes(N, K, QUANT_TYPES[quant_type], codes.data_ptr(), packed.data_ptr(), torch.get_num_threads())
     return codes
