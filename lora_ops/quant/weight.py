@@ -156,19 +156,20 @@ class NF4Weight:
         """Moved, and with another `dtype`; the tensors' own dtypes stay. `self` stays as it is."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        moved = self._map(lambda t: t.to(device)) if device is not None else self
+        moved = self.apply(lambda t: t.to(device)) if device is not None else self
         return moved if dtype is None else dataclasses.replace(moved, dtype=dtype)
 
     def clone(self) -> "NF4Weight":
         """A copy that shares no memory."""
-        return self._map(torch.clone)
+        return self.apply(torch.clone)
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> "NF4Weight":
+        """A weight of `fn` of every tensor, which may move or copy it."""
+        tensors: dict[str, Any] = {name: fn(t) for name, t in self._tensors().items()}
+        return dataclasses.replace(self, **tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
-
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> "NF4Weight":
-        tensors: dict[str, Any] = {name: fn(t) for name, t in self._tensors().items()}
-        return dataclasses.replace(self, **tensors)
 
     def __repr__(self) -> str:
         return (
