@@ -69,7 +69,7 @@ def add_lora(
         raise TypeError(f"config must be a lora_ops.LoraConfig, got {type(config).__module__}.{type(config).__name__}")
     config = dataclasses.replace(config)  # checked anew: its fields may have been assigned to
     check_adapter_name(adapter_name)
-    check_quant(quant, blocksize, prepack)
+    check_quant(quant, blocksize)
     if isinstance(model, nn.Linear) or is_conv1d(model):
         raise TypeError(
             f"model is itself a {type(model).__name__}, which cannot be replaced in place: "

@@ -99,9 +99,11 @@ class FusedLoraLinear(nn.Module):
         """
         check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
         check_adapter_name(adapter_name)
-        check_quant(quant, blocksize, prepack)
+        check_quant(quant, blocksize)
         weight, bias = _weight_of(linear)
         weight = quantised(weight, quant, blocksize, double_quant)
+        if prepack and isinstance(weight, NF4Weight):
+            raise ValueError("prepack must be False for a weight in 4 bits, which lies as the kernels read it, got True")
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module._setup(weight, bias, prepack)

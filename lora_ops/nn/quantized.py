@@ -16,14 +16,12 @@ def is_linear4bit(module: nn.Module) -> bool:
     return quantised and type(module).forward.__module__.startswith("bitsandbytes.")
 
 
-def check_quant(quant: str | None, blocksize: int, prepack: bool) -> None:
+def check_quant(quant: str | None, blocksize: int) -> None:
     """Raises ValueError naming the argument that does not fit, what it is and what it may be."""
     if quant not in (None, *layout.QUANT_TYPES):
         raise ValueError(f'quant must be "nf4", "fp4" or None, got {quant!r}')
     if quant is not None:
         layout.check_code(blocksize, quant)
-        if prepack:
-            raise ValueError("prepack must be False with quant: a 4-bit weight lies as the kernels read it, got True")
 
 
 def quantised(weight: Tensor | NF4Weight, quant: str | None, blocksize: int, double_quant: bool) -> Tensor | NF4Weight:
