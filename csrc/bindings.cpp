@@ -14,8 +14,28 @@ namespace {
 Matrix matrix(const py::object& o) {
   if (o.is_none()) return {};
   const auto t = o.cast<py::tuple>();
+  if (t.size() != 4) return {};
   return {reinterpret_cast<void*>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
           static_cast<DType>(t[3].cast<int>())};
+}
+
+// (codes, quant type, blocksize, absmax, nested_absmax, nested_code, offset), addresses and numbers, for a weight in 4 bits;
+// a matrix or None for one that is not.
+QuantizedWeight quantized(const py::object& o, int64_t K) {
+  if (o.is_none()) return {};
+  const auto t = o.cast<py::tuple>();
+  if (t.size() != 7) return {};
+  const auto at = [&](int i) { return reinterpret_cast<void*>(t[i].cast<uintptr_t>()); };
+  QuantizedWeight w;
+  w.K = K;
+  w.codes = static_cast<const uint8_t*>(at(0));
+  w.values = code_table(static_cast<QuantType>(t[1].cast<int>())).values;
+  w.blocksize = t[2].cast<int64_t>();
+  w.absmax = at(3);
+  w.nested_absmax = static_cast<const float*>(at(4));
+  w.nested_code = static_cast<const float*>(at(5));
+  if (w.nested_code) w.offset = *static_cast<const float*>(at(6));
+  return w;
 }
 
 template <class T>
@@ -45,6 +65,7 @@ PYBIND11_MODULE(_C, m) {
                         r,
                         matrix(x),
                         matrix(weight),
+                        quantized(weight, K),
                         pointer<const float>(panels),
                         matrix(lora_A),
                         matrix(lora_B),
@@ -68,6 +89,7 @@ PYBIND11_MODULE(_C, m) {
                          matrix(dy),
                          matrix(x),
                          matrix(weight),
+                         quantized(weight, K),
                          matrix(lora_A),
                          matrix(lora_B),
                          pointer<const float>(S),

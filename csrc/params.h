@@ -25,6 +25,19 @@ struct Matrix {
   }
 };
 
+// A weight (N, K) in 4 bits, as nf4.h lays it out: weight[n][k] = values[code] * absmax[(n * K + k) / blocksize].
+struct QuantizedWeight {
+  int64_t K = 0;
+  const uint8_t* codes = nullptr;  // (N, row_bytes(K)); null: absent
+  const float* values = nullptr;   // (16)
+  int64_t blocksize = 0;           // a power of two, at least 32
+  const void* absmax = nullptr;    // fp32; with double quantisation uint8, see below
+  // absmax[b] = nested_code[uint8] * nested_absmax[b / 256] + offset, or nested_code is null
+  const float* nested_absmax = nullptr;
+  const float* nested_code = nullptr;  // (256)
+  float offset = 0.f;
+};
+
 // Element (row, col) of x is dropped when its 16 random bits (philox.h) are below `threshold` = round(65536 p).
 struct Dropout {
   uint64_t seed = 0;
@@ -36,7 +49,8 @@ struct Dropout {
 struct LoraForward {
   int64_t M, K, N, r;
   Matrix x;                       // (M, K)
-  Matrix weight;                  // (N, K); data null: y already holds x W0ᵀ
+  Matrix weight;                  // (N, K)
+  QuantizedWeight quantized;      // the weight in 4 bits, instead. Neither: y already holds x W0ᵀ
   const float* panels = nullptr;  // weight in packed panels (pack_weight), or null
   Matrix lora_A;                  // (r, K)
   Matrix lora_B;                  // (N, r)
@@ -52,12 +66,13 @@ struct LoraForward {
 // An absent output is not computed; an input that only absent outputs need may be absent too.
 struct LoraBackward {
   int64_t M, K, N, r;
-  Matrix dy;       // (M, N)
-  Matrix x;        // (M, K)
-  Matrix weight;   // (N, K); data null: dx already holds dy W0
-  Matrix lora_A;   // (r, K)
-  Matrix lora_B;   // (N, r)
-  const float* S;  // (M, r)
+  Matrix dy;                  // (M, N)
+  Matrix x;                   // (M, K)
+  Matrix weight;              // (N, K)
+  QuantizedWeight quantized;  // the weight in 4 bits, instead. Neither: dx already holds dy W0
+  Matrix lora_A;              // (r, K)
+  Matrix lora_B;              // (N, r)
+  const float* S;             // (M, r)
   float scaling;
   Dropout dropout;
   Matrix dx;     // (M, K), dy's dtype

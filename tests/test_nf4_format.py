@@ -185,18 +185,21 @@ EDGES = {
 
 
 @each_quant_type
-@pytest.mark.parametrize("edge", EDGES)
-def test_edges_are_bitsandbytes(edge, quant_type):
+@pytest.mark.parametrize(
+    ("edge", "double_quant"),
+    [case for case in itertools.product(EDGES, [False, True]) if case != ("huge", True)],  # which is the next test
+)
+def test_edges_are_bitsandbytes(edge, double_quant, quant_type):
     weight = EDGES[edge]
-    for double_quant in (False, True):
-        if double_quant and edge in ("subnormal", "huge"):
-            continue  # huge: the mean overflows, see below; subnormal: bitsandbytes casts NaN to an integer
-        packed, state, expected = theirs(weight, 64, double_quant, quant_type)
-        ours = quantize_nf4(weight, 64, double_quant, quant_type)
-        for key, t in ours.to_bitsandbytes().items():
-            assert_same(t, expected[key])
-        if weight.numel() > 1:  # bitsandbytes transposes a weight of one byte
-            assert_same(ours.dequantize(), their_values(packed, state, weight.shape))
+    packed, state, expected = theirs(weight, 64, double_quant, quant_type)
+    ours = quantize_nf4(weight, 64, double_quant, quant_type)
+    assert ours.dequantize().isfinite().all()
+    if double_quant and edge == "subnormal":
+        return  # bitsandbytes converts NaN to an integer
+    for key, t in ours.to_bitsandbytes().items():
+        assert_same(t, expected[key])
+    if weight.numel() > 1:  # bitsandbytes transposes a weight of one byte
+        assert_same(ours.dequantize(), their_values(packed, state, weight.shape))
 
 
 def test_scales_whose_mean_overflows_are_an_error():
@@ -204,17 +207,18 @@ def test_scales_whose_mean_overflows_are_an_error():
         quantize_nf4(EDGES["huge"])
 
 
-def test_double_quantisation_is_bitsandbytes_at_every_step_of_its_map():
+@pytest.mark.parametrize("largest", [1.0, 0.3, 7.7])
+def test_double_quantisation_is_bitsandbytes_at_every_step_of_its_map(largest):
     """Scales just below, on and above each of the 65536 steps that bitsandbytes rounds to before it looks up the code."""
     assert_same(reference.nested_code(), bnb.create_dynamic_map())
     edges = (torch.arange(65537) - 0.5) / 65535 * 2 - 1
     edges = torch.cat([edges + i * 2**-25 for i in (-2, -1, 0, 1, 2)]).clamp(-1, 1)
     edges = torch.nn.functional.pad(edges, (0, -edges.numel() % 255)).view(-1, 255)
     one = torch.ones(len(edges), 1)
-    scales = torch.cat([torch.cat([one, edges], 1), torch.cat([-one, -edges], 1)]).view(-1)  # mean 0
+    scales = torch.cat([torch.cat([one, edges], 1), torch.cat([-one, -edges], 1)]).view(-1) * largest  # mean 0
     codes, nested_absmax, offset = reference.quantize_absmax(scales)
     expected, state = bnb.quantize_blockwise(scales - scales.mean(), blocksize=256)
-    assert abs(offset) < 1e-8
+    assert abs(offset) < 1e-7
     assert len(codes.unique()) == 249  # the others lie between two steps
     assert torch.equal(codes, expected)
     assert_same(nested_absmax, state.absmax)

@@ -18,12 +18,13 @@
 #include <unistd.h>
 #endif
 
+#include "../nf4.h"
 #include "../philox.h"
 #include "dispatch.h"
 #include "kernels.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16,fma,f16c,bmi2")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,fma,f16c,bmi2")
 
 namespace lora_ops {
 namespace amx {
@@ -73,15 +74,16 @@ void pack_left(const Matrix& src, int rows, int64_t k, Mask, float* out) {
   }
 }
 
-template <bool kTwo>  // whether there are more than 16 rows
+// kBelow: there are more than 16 rows. kRight: there are two vectors of columns.
+template <bool kBelow, bool kRight>
 void tile_of(const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c, bool accumulate,
              Ahead ahead) {
   float* below = c + kTileRows * kPanel;
   if (accumulate) {
     _tile_loadd(0, c, kRowBytes);
-    _tile_loadd(1, c + kLanes, kRowBytes);
-    if (kTwo) _tile_loadd(2, below, kRowBytes);
-    if (kTwo) _tile_loadd(3, below + kLanes, kRowBytes);
+    if (kRight) _tile_loadd(1, c + kLanes, kRowBytes);
+    if (kBelow) _tile_loadd(2, below, kRowBytes);
+    if (kBelow && kRight) _tile_loadd(3, below + kLanes, kRowBytes);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -96,26 +98,41 @@ void tile_of(const float* left, const float* panel, int64_t vector_stride, int64
     _tile_loadd(4, left, kLine);
     _tile_loadd(6, panel, kLine);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, panel + vector_stride, kLine);
-    _tile_dpbf16ps(1, 4, 7);
-    if (kTwo) {
+    if (kRight) {
+      _tile_loadd(7, panel + vector_stride, kLine);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (kBelow) {
       _tile_loadd(5, left + kRegister, kLine);
       _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      if (kRight) _tile_dpbf16ps(3, 5, 7);
     }
     left += 2 * kRegister;
     panel += kRegister;
   }
   _tile_stored(0, c, kRowBytes);
-  _tile_stored(1, c + kLanes, kRowBytes);
-  if (kTwo) _tile_stored(2, below, kRowBytes);
-  if (kTwo) _tile_stored(3, below + kLanes, kRowBytes);
+  if (kRight) _tile_stored(1, c + kLanes, kRowBytes);
+  if (kBelow) _tile_stored(2, below, kRowBytes);
+  if (kBelow && kRight) _tile_stored(3, below + kLanes, kRowBytes);
 }
 
-void tile_bf16(int rows, int, const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c,
+void tile_bf16(int rows, int vectors, const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c,
                bool accumulate, Ahead ahead) {
-  rows > kTileRows ? tile_of<true>(left, panel, vector_stride, steps, c, accumulate, ahead)
-                   : tile_of<false>(left, panel, vector_stride, steps, c, accumulate, ahead);
+  const auto of = rows > kTileRows ? (vectors == 2 ? tile_of<true, true> : tile_of<true, false>)
+                                   : (vectors == 2 ? tile_of<false, true> : tile_of<false, false>);
+  of(left, panel, vector_stride, steps, c, accumulate, ahead);
+}
+
+#include "amx_strip.h"
+
+int64_t strip_scratch(int64_t K) {
+  return 2 * kChunkOut + kStripRows * (K / kGroup + kLanes) * 4 + kLine;
+}
+
+constexpr Kernels with_strips(Kernels kernels) {
+  kernels.strip = strip;
+  kernels.strip_scratch = strip_scratch;
+  return kernels;
 }
 
 float multiply_adds_bf16(int64_t iterations) {
@@ -140,17 +157,17 @@ float multiply_adds_bf16(int64_t iterations) {
 
 }  // namespace amx
 
-const Kernels kAmx = amx::table("amx", {2 * amx::kTileRows,
-                                        2,
-                                        amx::kTileSteps,
-                                        {128, 8, 512},
-                                        amx::begin,
-                                        amx::end,
-                                        amx::pack_left,
-                                        amx::pack_pairs_transposed<amx::kTileSteps>,
-                                        amx::pack_pairs_straight<amx::kTileSteps>,
-                                        amx::tile_bf16,
-                                        amx::multiply_adds_bf16});
+const Kernels kAmx = amx::with_strips(amx::with_pairs(amx::table("amx", {2 * amx::kTileRows,
+                                                                         2,
+                                                                         amx::kTileSteps,
+                                                                         {128, 8, 512},
+                                                                         amx::begin,
+                                                                         amx::end,
+                                                                         amx::pack_left,
+                                                                         amx::pack_pairs_transposed<amx::kTileSteps>,
+                                                                         amx::pack_pairs_straight<amx::kTileSteps>,
+                                                                         amx::tile_bf16,
+                                                                         amx::multiply_adds_bf16})));
 
 }  // namespace lora_ops
 

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "../nf4.h"
 #include "../philox.h"
 #include "kernels.h"
 
@@ -26,6 +27,7 @@ struct V {
   static void store(float* p, T v) { _mm256_storeu_ps(p, v); }
   static T broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static T add(T a, T b) { return _mm256_add_ps(a, b); }
+  static T mul(T a, T b) { return _mm256_mul_ps(a, b); }
   static T fma(T a, T b, T c) { return _mm256_fmadd_ps(a, b, c); }
   static void pin(T& v) { asm("" : "+x"(v)); }
   static T keep(T v, uint32_t bits) {
@@ -86,6 +88,39 @@ struct V {
       q[i] = _mm256_hadd_ps(_mm256_hadd_ps(v[4 * i], v[4 * i + 1]), _mm256_hadd_ps(v[4 * i + 2], v[4 * i + 3]));
     }
     return _mm256_add_ps(_mm256_permute2f128_ps(q[0], q[1], 0x20), _mm256_permute2f128_ps(q[0], q[1], 0x31));
+  }
+
+  // 16 values times a scale, looked up by four bits of dwords: `even` by nibble `shift` / 4, `odd` by the one 16 bits on.
+  struct Table {
+    T low, high;
+  };
+  static Table table(const float* values, float scale) {
+    const T s = _mm256_set1_ps(scale);
+    return {_mm256_mul_ps(load(values), s), _mm256_mul_ps(load(values + 8), s)};
+  }
+  static T look_up(const Table& t, __m256i index) {
+    const T low = _mm256_permutevar8x32_ps(t.low, index), high = _mm256_permutevar8x32_ps(t.high, index);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  }
+  static void look_up(const Table& t, const uint8_t* dwords, int shift, T& even, T& odd) {
+    const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(dwords));
+    even = look_up(t, _mm256_srli_epi32(w, shift));
+    odd = look_up(t, _mm256_srli_epi32(w, shift + 16));
+  }
+  // even[0], odd[0], even[1], ...
+  static void interleave(T even, T odd, T& first, T& second) {
+    const T low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    first = _mm256_permute2f128_ps(low, high, 0x20);
+    second = _mm256_permute2f128_ps(low, high, 0x31);
+  }
+  // `count` <= kLanes scales: rounded after the product and after the sum, so the two must not become one operation
+  static void scales(const uint8_t* codes, int count, const float* nested_code, float nested_absmax, float offset, float* out) {
+    uint64_t bytes = 0;
+    std::memcpy(&bytes, codes, static_cast<size_t>(count));
+    const __m256i index = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)));
+    T v = _mm256_mul_ps(_mm256_i32gather_ps(nested_code, index, 4), _mm256_set1_ps(nested_absmax));
+    pin(v);
+    store(out, _mm256_add_ps(v, _mm256_set1_ps(offset)));
   }
 
   static U set(uint32_t v) { return _mm256_set1_epi32(static_cast<int>(v)); }

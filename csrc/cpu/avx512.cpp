@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "../nf4.h"
 #include "../philox.h"
 #include "kernels.h"
 

@@ -14,6 +14,7 @@ struct V {
   static void store(float* p, T v) { _mm512_storeu_ps(p, v); }
   static T broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static T add(T a, T b) { return _mm512_add_ps(a, b); }
+  static T mul(T a, T b) { return _mm512_mul_ps(a, b); }
   static T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
   static void pin(T& v) { asm("" : "+v"(v)); }
   static T keep(T v, uint32_t bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v); }
@@ -95,6 +96,29 @@ struct V {
           _mm512_add_ps(_mm512_shuffle_f32x4(q[2 * i], q[2 * i + 1], 0x88), _mm512_shuffle_f32x4(q[2 * i], q[2 * i + 1], 0xdd));
     }
     return _mm512_add_ps(_mm512_shuffle_f32x4(r[0], r[1], 0x88), _mm512_shuffle_f32x4(r[0], r[1], 0xdd));
+  }
+
+  // 16 values times a scale, looked up by the low four bits of dwords: `even` by nibble `shift` / 4, `odd` by the one 16 bits
+  // on.
+  using Table = T;
+  static Table table(const float* values, float scale) { return _mm512_mul_ps(load(values), _mm512_set1_ps(scale)); }
+  static void look_up(const Table& t, const uint8_t* dwords, int shift, T& even, T& odd) {
+    const __m512i w = _mm512_loadu_si512(dwords);
+    even = _mm512_permutexvar_ps(_mm512_srli_epi32(w, shift), t);
+    odd = _mm512_permutexvar_ps(_mm512_srli_epi32(w, shift + 16), t);
+  }
+  // even[0], odd[0], even[1], ...
+  static void interleave(T even, T odd, T& first, T& second) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    first = _mm512_permutex2var_ps(even, low, odd);
+    second = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd);
+  }
+  // `count` <= kLanes scales: rounded after the product and after the sum, so the two must not become one operation
+  static void scales(const uint8_t* codes, int count, const float* nested_code, float nested_absmax, float offset, float* out) {
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), codes));
+    T v = _mm512_mul_ps(_mm512_i32gather_ps(index, nested_code, 4), _mm512_set1_ps(nested_absmax));
+    pin(v);
+    store(out, _mm512_add_ps(v, _mm512_set1_ps(offset)));
   }
 
   static U set(uint32_t v) { return _mm512_set1_epi32(static_cast<int>(v)); }

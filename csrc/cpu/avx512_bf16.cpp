@@ -6,6 +6,7 @@
 
 #include <cstring>
 
+#include "../nf4.h"
 #include "../philox.h"
 #include "kernels.h"
 
@@ -26,7 +27,8 @@ struct Bf16Pairs {
 
 }  // namespace avx512_bf16
 
-const Kernels kAvx512Bf16 = avx512_bf16::table("avx512_bf16", {avx512_bf16::V::kRows,
+const Kernels kAvx512Bf16 =
+    avx512_bf16::with_pairs(avx512_bf16::table("avx512_bf16", {avx512_bf16::V::kRows,
                                                                2,
                                                                1,
                                                                {},
@@ -36,7 +38,7 @@ const Kernels kAvx512Bf16 = avx512_bf16::table("avx512_bf16", {avx512_bf16::V::k
                                                                avx512_bf16::pack_pairs_transposed<1>,
                                                                avx512_bf16::pack_pairs_straight<1>,
                                                                avx512_bf16::tile<avx512_bf16::Bf16Pairs>,
-                                                               avx512_bf16::multiply_adds<avx512_bf16::Bf16Pairs>});
+                                                               avx512_bf16::multiply_adds<avx512_bf16::Bf16Pairs>}));
 
 }  // namespace lora_ops
 

@@ -1,5 +1,7 @@
 #include "gemm.h"
 
+#include "../nf4.h"
+
 #include <unistd.h>
 
 namespace lora_ops {
@@ -50,6 +52,34 @@ void pack_right(const Kernels& k, const Arithmetic& arithmetic, const Matrix& ri
   for (int v = 0; v < vectors; ++v, j += k.lanes) {
     const int cols = static_cast<int>(std::clamp<int64_t>(C - j, 0, k.lanes));
     arithmetic.pack_transposed(transposed(from(right, k0, j)), cols, count, mask, out + v * vector_stride);
+  }
+}
+
+void pack_quantized(const Kernels& k, const Arithmetic& arithmetic, const QuantizedWeight& weight, bool transpose, int64_t C,
+                    int64_t j, int vectors, int64_t k0, int64_t count, float* out, int64_t vector_stride, void* buffer) {
+  const DType type = arithmetic.k_per_step == 1 ? DType::f32 : DType::bf16;
+  const Matrix decoded{buffer, kDecodeStride, 1, type};
+  const int64_t group_stride = kWords * size_of(type);
+  if (transpose) {  // columns of right are rows of the weight
+    for (int v = 0; v < vectors; ++v, j += k.lanes) {
+      const int rows = static_cast<int>(std::clamp<int64_t>(C - j, 0, k.lanes));
+      for (int64_t s = 0; s < count; s += kMostDecoded) {
+        const int64_t here = std::min<int64_t>(kMostDecoded, count - s);
+        for (int i = 0; i < rows; ++i) k.decode(weight, j + i, k0 + s, here, type, decoded.at(i, 0), group_stride);
+        float* to = out + v * vector_stride + s / arithmetic.k_per_step * k.lanes;
+        arithmetic.pack_transposed(decoded, rows, here, Mask{}, to);
+      }
+    }
+    return;
+  }
+  // kDecodeRows are whole steps of every arithmetic: only the last piece is padded.
+  const int64_t first = j / kChunk * kChunk, cols = std::min<int64_t>(C - j, int64_t{vectors} * k.lanes);
+  for (int64_t s = 0; s < count; s += kDecodeRows) {
+    const int64_t here = std::min(kDecodeRows, count - s);
+    for (int64_t i = 0; i < here; ++i)
+      k.decode(weight, k0 + s + i, first, j + cols - first, type, decoded.at(i, 0), group_stride);
+    float* to = out + s / arithmetic.k_per_step * k.lanes;
+    arithmetic.pack_straight(from(decoded, 0, j - first), cols, here, Mask{}, to, vectors, vector_stride);
   }
 }
 
@@ -109,6 +139,7 @@ void Product::plan(int threads) {
 
   const bool one_block = !left || k_block >= R;
   packed_size = panels || !left ? 0 : group * std::min(block_steps, steps) * k.panel();
+  if (quantized.codes) packed_size += kDecodeBytes / 4;
   scratch_size = packed_size + (one_block ? 1 : group * ceil_div(tiles.count, row_parts)) * result_size();
   scratch_size = ceil_div(scratch_size, 1024) * 1024 + 16;  // threads a page and a line apart
 }
@@ -164,7 +195,13 @@ void Product::run(int64_t task, int64_t next, int thread) const {
     const Steps block_steps(k, arithmetic, count);
     if (!panels) {
       const int vectors = static_cast<int>(2 * panels_here);
-      pack_right(k, arithmetic, right, C, p0 * k.panel(), vectors, k0, count, Mask{}, packed, block_steps.vector);
+      if (quantized.codes) {
+        float* buffer = packed + packed_size - kDecodeBytes / 4;
+        pack_quantized(k, arithmetic, quantized, transpose, C, p0 * k.panel(), vectors, k0, count, packed, block_steps.vector,
+                       buffer);
+      } else {
+        pack_right(k, arithmetic, right, C, p0 * k.panel(), vectors, k0, count, Mask{}, packed, block_steps.vector);
+      }
     }
     // What the next block of the reduction will read, of this task or the next: every tile brings up its share.
     const bool last = k0 + count == R;

@@ -101,6 +101,14 @@ int useful_threads(int threads, int64_t multiply_adds);
 void pack_right(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t C, int64_t j, int vectors,
                 int64_t k0, int64_t count, Mask mask, float* out, int64_t vector_stride);
 
+// The same from a 4-bit weight, decoded piece by piece into `buffer` (kDecodeBytes) on the way: right is the weight (N, K), or
+// its transpose.
+void pack_quantized(const Kernels& k, const Arithmetic& arithmetic, const QuantizedWeight& weight, bool transpose, int64_t C,
+                    int64_t j, int vectors, int64_t k0, int64_t count, float* out, int64_t vector_stride, void* buffer);
+constexpr int64_t kDecodeRows = 32, kDecodeStride = kMostDecoded + 16;  // not a power of two: rows would share a set of L1
+constexpr int64_t kDecodeBytes = kDecodeRows * kDecodeStride * 4;
+static_assert(kDecodeRows >= kMaxLanes, "as many rows as pack_transposed takes");
+
 // Packs the whole of right (R, C) into panels to keep (Product::panels).
 void pack_kept(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t R, int64_t C, float* panels,
                int threads);
@@ -159,8 +167,10 @@ struct Product {
   const Arithmetic& arithmetic;
   Parts tiles;  // of the block's rows
   int64_t R, C;
-  const float* left = nullptr;       // packed tiles; null: `out` already holds left · right
-  Matrix right = {};                 // (R, C)
+  const float* left = nullptr;     // packed tiles; null: `out` already holds left · right
+  Matrix right = {};               // (R, C)
+  QuantizedWeight quantized = {};  // right in 4 bits, instead: the weight, or its transpose
+  bool transpose = false;
   const float* panels = nullptr;     // right packed beforehand, or null
   const float* tail_left = nullptr;  // [tile][tail->left_size]
   const UpPanels* tail = nullptr;

@@ -2,6 +2,7 @@
 // is torch's (lora_ops/ops.py), and what is left is small: exactness costs little here.
 #include <cstring>
 
+#include "../nf4.h"
 #include "../philox.h"
 #include "kernels.h"
 
@@ -30,6 +31,7 @@ struct V {
   }
   static T broadcast(const float* p) { return T{*p, *p, *p, *p}; }
   static T add(T a, T b) { return a + b; }
+  static T mul(T a, T b) { return a * b; }
   static T fma(T a, T b, T c) { return a * b + c; }
   static void pin(T&) {}
   static T keep(T v, uint32_t bits) {
@@ -89,6 +91,33 @@ struct V {
     T total{};
     for (int i = 0; i < kLanes; ++i) total[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
     return total;
+  }
+
+  struct Table {
+    double values[16];
+  };
+  static Table table(const float* values, float scale) {
+    Table t;
+    for (int i = 0; i < 16; ++i) t.values[i] = static_cast<double>(values[i]) * scale;
+    return t;
+  }
+  static void look_up(const Table& t, const uint8_t* dwords, int shift, T& even, T& odd) {
+    for (int i = 0; i < kLanes; ++i) {
+      uint32_t w;
+      std::memcpy(&w, dwords + 4 * i, 4);
+      even[i] = t.values[w >> shift & 15u];
+      odd[i] = t.values[w >> (shift + 16) & 15u];
+    }
+  }
+  static void interleave(T even, T odd, T& first, T& second) {
+    first = T{even[0], odd[0], even[1], odd[1]};
+    second = T{even[2], odd[2], even[3], odd[3]};
+  }
+  static void scales(const uint8_t* codes, int count, const float* nested_code, float nested_absmax, float offset, float* out) {
+    for (int i = 0; i < count; ++i) {
+      const float product = nested_code[codes[i]] * nested_absmax;  // the baseline has no fused multiply-add
+      out[i] = product + offset;
+    }
   }
 
   static U set(uint32_t v) { return v; }

@@ -21,6 +21,7 @@ namespace lora_ops {
 constexpr int kMaxLanes = 16;
 constexpr int kMaxTile = 32 * 2 * kMaxLanes;  // floats of the largest tile
 constexpr int kDotRows = 8;                   // most left rows of one `dot`
+constexpr int kMostDecoded = 512;             // most weights of one `decode`
 
 // Dropout's mask beside a matrix: bit c % 32 of word c / 32 of a row says that column c is kept (philox.h). The matrix's
 // column j is the mask's column `first` + j. `words` null: everything is kept.
@@ -80,6 +81,14 @@ struct Kernels {
   // room for `rows` rounded up to a power of two.
   void (*dot)(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c);
   void (*dot_order)(const Matrix& src, int64_t k, Mask mask, DType right, float* out);
+  // The same with rows `row` and on of a 4-bit weight, columns [k0, k0 + k), k0 a multiple of 128, K of 32. `left` is in the
+  // order for bf16, or in pairs where this ISA has none.
+  void (*dot_codes)(int rows, const float* left, int64_t left_stride, const QuantizedWeight& w, int64_t row, int cols,
+                    int64_t k0, int64_t k, float* c);
+  void (*dot_order_codes)(const Matrix& src, int64_t k, Mask mask, float* out);
+  // Columns [k0, k0 + k) of a row of a 4-bit weight as fp32 or bf16, k0 a multiple of 128, k <= kMostDecoded: groups of 32,
+  // `group_stride` bytes apart, whole ones.
+  void (*decode)(const QuantizedWeight& w, int64_t row, int64_t k0, int64_t k, DType to, char* out, int64_t group_stride);
   // y[i][j] = c[i][j] + bias[j], rounded once to y's type
   void (*store_tile)(const float* c, int rows, int cols, const Matrix& bias, const Matrix& y);
   // c[i][j] (+)= y[i][j]
@@ -88,6 +97,12 @@ struct Kernels {
   void (*mask_tile)(float* c, int rows, Mask mask);
   void (*dropout_mask)(const Dropout& dropout, int64_t row, int64_t cols, uint32_t* words);
   float (*read_all)(const float* p, int64_t count);  // reads `count` floats in order: the bench's bandwidth
+
+  // products[panel of M][strip's row][panel] = rows [row, row + rows) of a 4-bit weight, at most a panel's width, times x in
+  // bf16's panels [panel of M][2][vector_stride]; K a multiple of 32. Null where `dot_codes` is as good.
+  void (*strip)(const QuantizedWeight& w, int64_t row, int rows, const float* x_panels, int64_t vector_stride, int64_t M,
+                float* products, char* scratch);
+  int64_t (*strip_scratch)(int64_t K);  // bytes
 
   int panel() const { return 2 * lanes; }
 };

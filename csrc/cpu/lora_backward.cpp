@@ -69,8 +69,9 @@ struct RowReduction {
 };
 
 void backward_blocks(const LoraBackward& p, const Kernels& k) {
-  const bool product_here = p.dx.data && p.weight.data;
-  const Arithmetic& arithmetic = product_here ? arithmetic_of(k, p.dy.dtype, p.weight.dtype) : k.f32;
+  const bool product_here = p.dx.data && (p.weight.data || p.quantized.codes);
+  const Arithmetic& arithmetic =
+      product_here ? arithmetic_of(k, p.dy.dtype, p.quantized.codes ? p.dy.dtype : p.weight.dtype) : k.f32;
   const Steps steps(k, arithmetic, p.N);
   const Parts blocks(p.M, block_rows(arithmetic, steps));
   const int threads = useful_threads(p.threads, p.M * p.N * (product_here ? p.K : p.r));
@@ -105,6 +106,7 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
     Product product{k, arithmetic, Parts(rows_here, arithmetic.rows), p.N, p.K};
     product.left = product_here ? left : nullptr;
     product.right = p.weight;
+    product.quantized = p.quantized;
     product.tail_left = tail_left;
     product.tail = &a;
     product.tail_mask = words ? Mask{bits, words} : Mask{};

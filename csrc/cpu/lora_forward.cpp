@@ -4,9 +4,13 @@
 // left operand of the tail), and then the product of gemm.h runs with S Bᵀ as r more steps in the same accumulators: y is
 // rounded and stored once. With dropout, S is taken from a masked copy of the tile; the mask lives as long as the tile does.
 //
-// With few rows a packed weight would be used too rarely to pay for its packing: its rows are read where they lie.
+// With few rows a packed weight would be used too rarely to pay for its packing: its rows are read where they lie, or decoded
+// in strips (strip.h).
 #include "dispatch.h"
 #include "gemm.h"
+#include "strip.h"
+
+#include <optional>
 
 namespace lora_ops {
 namespace {
@@ -15,7 +19,11 @@ constexpr int64_t kFewRows = 40;        // up to here rows of W0 are dot product
 constexpr int64_t kFewRowsPacked = 12;  // the same when panels are kept
 constexpr int64_t kDotBlock = 1024;     // reduction block: kDotRows rows of x stay in L1
 
-bool few_rows(const LoraForward& p) {
+constexpr int64_t kFewRowsCodes = 8;  // the same for a 4-bit weight, decoded anew for every kDotRows rows
+
+bool few_rows(const LoraForward& p, const Kernels& k) {
+  if (Strips::fit(p, k)) return true;
+  if (p.quantized.codes) return p.M <= kFewRowsCodes && p.K % 32 == 0;
   return p.weight.data && p.weight.col_stride == 1 && p.M <= (p.panels ? kFewRowsPacked : kFewRows);
 }
 
@@ -35,10 +43,12 @@ void down(const Kernels& k, const DownPanels& a, const float* tile, int rows, fl
 }
 
 void forward_blocks(const LoraForward& p, const Kernels& k) {
-  const Arithmetic& arithmetic = p.weight.data ? arithmetic_of(k, p.x.dtype, p.weight.dtype) : k.f32;
+  const bool product_here = p.weight.data || p.quantized.codes;
+  const Arithmetic& arithmetic =
+      product_here ? arithmetic_of(k, p.x.dtype, p.quantized.codes ? p.x.dtype : p.weight.dtype) : k.f32;
   const Steps steps(k, arithmetic, p.K);
   const Parts blocks(p.M, block_rows(arithmetic, steps));
-  const int threads = useful_threads(p.threads, p.M * p.K * (p.weight.data ? p.N : p.r));
+  const int threads = useful_threads(p.threads, p.M * p.K * (product_here ? p.N : p.r));
   const int64_t words = mask_words(p.K);
   const bool own_tile = p.dropout.threshold || arithmetic.k_per_step > 1;  // S needs another tile than the product
   const int64_t own_size = own_tile ? p.K * k.lanes + words * k.lanes : 0;
@@ -55,8 +65,10 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
   Tasks adapters(a.tasks() + b.tasks());
   for (int64_t m = 0; m < blocks.count; ++m) {
     Product product{k, arithmetic, Parts(blocks.size(m), arithmetic.rows), p.K, p.N};
-    product.left = p.weight.data ? left : nullptr;
+    product.left = product_here ? left : nullptr;
     product.right = transposed(p.weight);
+    product.quantized = p.quantized;
+    product.transpose = true;
     product.panels = p.panels;
     product.tail_left = tail_left;
     product.tail = &b;
@@ -102,7 +114,8 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
 void forward_few_rows(const LoraForward& p, const Kernels& k) {
   const int threads = useful_threads(p.threads, p.M * p.K * p.N);
   const int64_t stride = ceil_div(p.K, k.panel()) * k.panel();
-  const bool same = !p.dropout.threshold && (p.lora_A.dtype == DType::bf16) == (p.weight.dtype == DType::bf16);
+  const bool codes = p.quantized.codes, in_strips = Strips::fit(p, k);
+  const bool same = !p.dropout.threshold && !codes && (p.lora_A.dtype == DType::bf16) == (p.weight.dtype == DType::bf16);
   const int64_t words = p.dropout.threshold ? mask_words(p.K) : 0;
   const Parts tiles(p.M, std::min({kDotRows, k.f32.rows, k.lanes}));
 
@@ -112,6 +125,8 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
   float* dropped = same ? left : workspace.floats((p.M + kDotRows) * stride);
   uint32_t* bits = workspace.words(p.M * words);
   float* tail_left = workspace.floats(tiles.count * p.r * k.lanes);
+  std::optional<const Strips> strips;
+  if (in_strips) strips.emplace(k, p, threads, workspace);
   const int64_t panels = ceil_div(p.N, k.panel()), r_panels = ceil_div(p.r, k.panel());
   // One row streams through whole rows of W0; more are cut so that their block of x stays in L1.
   const int64_t k_block = p.M <= 2 ? stride : kDotBlock;
@@ -119,7 +134,13 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
   const auto order = [&](int64_t i) {
     Mask mask;
     const Matrix row = from(p.x, i, 0);
-    k.dot_order(row, p.K, mask, p.weight.dtype, left + i * stride);
+    if (in_strips) {
+      // packed below
+    } else if (codes) {
+      k.dot_order_codes(row, p.K, mask, left + i * stride);
+    } else {
+      k.dot_order(row, p.K, mask, p.weight.dtype, left + i * stride);
+    }
     if (same) return;
     if (words) {
       k.dropout_mask(p.dropout, i, p.K, bits + i * words);
@@ -140,27 +161,39 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
         tail[(j0 + j) * k.lanes + i] = p.scaling * s;
       }
   };
-  const auto product = [&](int64_t panel) {
+  const auto product = [&](int64_t panel, int thread) {
     const int64_t col = panel * k.panel();
     const int cols = static_cast<int>(std::min<int64_t>(p.N - col, k.panel()));
+    const float* products = strips ? strips->run(col, cols, thread) : nullptr;
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int rows = static_cast<int>(tiles.size(t));
       alignas(64) float c[kMaxTile];
       b.multiply(tail_left + t * p.r * k.lanes, rows, panel, c);
-      for (int64_t k0 = 0; k0 < p.K; k0 += k_block) {
-        k.dot(rows, left + tiles.start(t) * stride + k0, stride, from(p.weight, col, k0), cols, std::min(k_block, p.K - k0), c);
+      if (strips) strips->add(products, tiles.start(t), rows, cols, c);
+      for (int64_t k0 = 0; k0 < p.K && !strips; k0 += k_block) {
+        const float* x = left + tiles.start(t) * stride + k0;
+        const int64_t count = std::min(k_block, p.K - k0);
+        if (codes) {
+          k.dot_codes(rows, x, stride, p.quantized, col, cols, k0, count, c);
+        } else {
+          k.dot(rows, x, stride, from(p.weight, col, k0), cols, count, c);
+        }
       }
       k.store_tile(c, rows, cols, p.bias.data ? from(p.bias, 0, col) : Matrix{}, from(p.y, tiles.start(t), col));
     }
   };
 
-  Tasks prepare(p.M + b.tasks()), downs(tiles.count * r_panels), products(panels);
-  parallel(threads, [&](int) {
-    prepare.run([&](int64_t t) { t < p.M ? order(t) : b.pack(transposed(p.lora_B), t - p.M); });
+  Tasks prepare(p.M + b.tasks() + (strips ? strips->tasks() : 0)), downs(tiles.count * r_panels), products(panels);
+  parallel(threads, [&](int thread) {
+    prepare.run([&](int64_t t) {
+      if (t < p.M) return order(t);
+      t -= p.M;
+      t < b.tasks() ? b.pack(transposed(p.lora_B), t) : strips->pack_x(t - b.tasks());
+    });
     sync();
     downs.run(down);
     sync();
-    products.run(product);
+    products.run([&](int64_t panel) { product(panel, thread); });
   });
 }
 
@@ -169,7 +202,7 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
 void lora_forward(const LoraForward& p) {
   if (p.M == 0 || p.N == 0) return;
   const Kernels& k = kernels();
-  few_rows(p) ? forward_few_rows(p, k) : forward_blocks(p, k);
+  few_rows(p, k) ? forward_few_rows(p, k) : forward_blocks(p, k);
 }
 
 int64_t packed_size(const Kernels& k, int64_t N, int64_t K, DType x, DType weight) {

@@ -191,13 +191,17 @@ void load_two(const void* row, int64_t k, typename V::T& a, typename V::T& b) {
   }
 }
 
-inline void dot_order(const Matrix& src, int64_t k, Mask mask, DType right, float* out) {
+inline void ordered(const Matrix& src, int64_t k, Mask mask, bool split, float* out) {
   for (int64_t k0 = 0; k0 < k; k0 += kPanel) {
     const int cols = static_cast<int>(k - k0 < kPanel ? k - k0 : kPanel);
     alignas(64) float v[kPanel];
     widen_row(Matrix{src.at(0, k0), 0, 1, src.dtype}, cols, Mask{mask.words, 0, mask.first + k0}, v);
-    for (int i = 0; i < kPanel; ++i) out[k0 + (right == DType::bf16 && V::kPairs ? i / 2 + i % 2 * kLanes : i)] = v[i];
+    for (int i = 0; i < kPanel; ++i) out[k0 + (split ? i / 2 + i % 2 * kLanes : i)] = v[i];
   }
+}
+
+inline void dot_order(const Matrix& src, int64_t k, Mask mask, DType right, float* out) {
+  ordered(src, k, mask, right == DType::bf16 && V::kPairs, out);
 }
 
 // kLeft x kRight sums, kLanes of them wherever kRight is kLanes / kLeft: then one transposing tree adds up all their lanes.
@@ -386,9 +390,12 @@ inline float read_all(const float* p, int64_t count) {
   return lanes[0];
 }
 
+#include "four_bit.h"
+
 constexpr Arithmetic kF32 = {
     V::kRows, 1, 1, {}, nullptr, nullptr, pack_transposed, pack_transposed, pack_straight, tile<F32>, multiply_adds<F32>};
 
 constexpr Kernels table(const char* name, Arithmetic bf16) {
-  return {name, kLanes, kF32, bf16, dot, dot_order, store_tile, load_tile, mask_tile, dropout_mask, read_all};
+  return {name,   kLanes,     kF32,      bf16,      dot,          dot_order, dot_codes, dot_order_codes,
+          decode, store_tile, load_tile, mask_tile, dropout_mask, read_all,  nullptr,   nullptr};
 }

@@ -1,5 +1,5 @@
 // Packing of bf16 operands without widening: a dword holds elements k and k + 1, an odd last k is paired with zero. Included
-// after avx512.h inside a `#pragma GCC target` region and namespace, so without guard.
+// after micro.h inside a `#pragma GCC target` region and namespace, so without guard.
 
 // Pairs of k elements, padded to a multiple.
 template <int kMultiple>
@@ -40,4 +40,42 @@ void pack_pairs_straight(const Matrix& src, int64_t cols, int64_t k, Mask, float
       if (v + 1 < vectors) _mm512_storeu_si512(out + (v + 1) * vector_stride, _mm512_permutex2var_epi16(a, high, b));
     }
   }
+}
+
+// decode (four_bit.h) to bf16: a chunk's words, shifted by 4 j, look up 32 neighbouring weights at once in the 16 scaled and
+// rounded values. These lie there twice: the fifth bit of an index is another code's.
+inline void decode_pairs(const QuantizedWeight& w, int64_t row, int64_t k0, int64_t k, DType to, char* out,
+                         int64_t group_stride) {
+  if (to != DType::bf16 || w.K % kGroup) return decode(w, row, k0, k, to, out, group_stride);
+  const uint8_t* codes = w.codes + row * row_bytes(w.K);
+  const int64_t at = row * w.K + k0;  // in the flattened weight
+  const int shift = __builtin_ctzll(static_cast<unsigned long long>(w.blocksize));
+  const int64_t first = at >> shift;
+  float scale[kMostDecoded / kGroup + 1 + kLanes];
+  scales_of(w, first, ((at + k - 1) >> shift) - first + 1, scale);
+  const __m512 values = V::load(w.values);
+  uint8_t own[kChunkBytes];
+  __m512i table = _mm512_setzero_si512();
+  int64_t block = -1;
+  for (int64_t c = 0; c < k; c += kChunk) {
+    const uint8_t* chunk = chunk_at(codes, k0 + c, w.K, own);
+    __builtin_prefetch(chunk + kMostDecoded / 2, 0, 3);
+    const __m512i words = _mm512_loadu_si512(chunk);
+#pragma GCC unroll 4
+    for (int j = 0; j < kGroups; ++j, out += group_stride) {
+      const int64_t i = c + j * kGroup;
+      if (i >= k) break;
+      if (const int64_t b = (at + i) >> shift; b != block) {
+        block = b;
+        const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_mul_ps(values, _mm512_set1_ps(scale[b - first])));
+        table = _mm512_broadcast_i64x4(reinterpret_cast<const __m256i&>(rounded));
+      }
+      _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * j), table));
+    }
+  }
+}
+
+constexpr Kernels with_pairs(Kernels kernels) {
+  kernels.decode = decode_pairs;
+  return kernels;
 }
