@@ -17,7 +17,6 @@ from . import ops, reference
 from .autograd import Operator, dispatcher_has_no_say, library, register, register_autograd
 from .quant import NF4Weight, layout
 
-_KERNEL_READS_4BIT = False
 _PIECE = 1 << 20  # bytes of weights that are decoded at a time where torch multiplies them
 
 _WEIGHT = (
@@ -98,10 +97,6 @@ def check(
         raise ValueError(f"codes must be on x's device {x.device}, got {weight.codes.device}")
 
 
-def base_on_torch(dtype: torch.dtype) -> bool:
-    return not _KERNEL_READS_4BIT or ops.base_on_torch(dtype)
-
-
 def _forward_cpu(x: Tensor, *args):  # type: ignore[no-untyped-def]
     weight, beside = Weight(*args[:7]), args[7:]
     if x.dtype not in layout.DTYPES:
@@ -111,7 +106,7 @@ def _forward_cpu(x: Tensor, *args):  # type: ignore[no-untyped-def]
     weight, rows, N = weight.contiguous(), ops.rows_of(x), lora_B.shape[0]
     y = torch.empty((rows.shape[0], N), dtype=x.dtype)
     kernel_weight = None
-    if base_on_torch(x.dtype):
+    if ops.base_on_torch(x.dtype):
         for n, piece in weight.pieces(x.shape[-1], x.dtype):
             y[:, n] = rows @ piece.T
     else:
@@ -128,7 +123,7 @@ def _backward_cpu(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-untyp
     weight, g, K = weight.contiguous(), ops.rows_of(dy), lora_A.shape[1]
     dx = torch.empty((g.shape[0], K) if need_dx else 0, dtype=dy.dtype)
     kernel_weight = None
-    if need_dx and base_on_torch(dy.dtype):
+    if need_dx and ops.base_on_torch(dy.dtype):
         total = torch.zeros(dx.shape, dtype=torch.float32)
         for n, piece in weight.pieces(K, dy.dtype):
             total += g[:, n] @ piece

@@ -242,5 +242,4 @@ def test_meta_device_and_back():
 
 
 def test_repr():
-    layer = make_quantised_layer(quant="fp4", blocksize=128)
-    assert f"weight=NF4Weight(shape=({N}, {K}), dtype=torch.float32, blocksize=128, quant_type='fp4'" in repr(layer)
+    assert "lora_dropout=0.0, quant='fp4', blocksize=128\n" in repr(make_quantised_layer(quant="fp4", blocksize=128))

@@ -19,7 +19,7 @@ from four_bit import (
     shape_errors_4bit,
 )
 
-from lora_ops import NF4Weight, qlora_linear, qlora_ops, quantize_nf4
+from lora_ops import NF4Weight, ops, qlora_linear, qlora_ops, quantize_nf4
 
 few_shapes = pytest.mark.parametrize("shape", FEW_4BIT, ids=str)
 both_ways = pytest.mark.parametrize("backward", [False, True])
@@ -156,7 +156,7 @@ def test_infinities_and_nan(value):
 @pytest.mark.parametrize("dtypes", [Dtypes(F32, F32), Dtypes(BF16, F32)], ids=str)
 @pytest.mark.parametrize("shape", [(1, 576, 520, 8), (13, 704, 520, 8), (100, 300, 257, 16)], ids=str)
 def test_result_does_not_depend_on_the_threads(shape, dtypes):
-    if qlora_ops.base_on_torch(dtypes.x):
+    if ops.base_on_torch(dtypes.x):
         pytest.skip("torch's own products depend on the threads")
     case = make_quantised_case(shape, dtypes, dropout_p=0.3)
     results = []

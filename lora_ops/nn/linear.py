@@ -277,11 +277,12 @@ class FusedLoraLinear(nn.Module):
         self.unmerged_weight = self.merge_error = None
 
     def extra_repr(self) -> str:
-        name = self.active_adapter
+        name, weight = self.active_adapter, self.weight
+        quant = f", quant={weight.quant_type!r}, blocksize={weight.blocksize}" if isinstance(weight, NF4Weight) else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"r={self.r[name]}, lora_alpha={self.lora_alpha[name]}, lora_dropout={self.lora_dropout[name]}"
-            f"{', merged' if self.merged else ''}{f', weight={self.weight}' if isinstance(self.weight, NF4Weight) else ''}"
+            f"{quant}{', merged' if self.merged else ''}"
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
