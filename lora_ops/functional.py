@@ -103,11 +103,11 @@ def qlora_linear(
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x must be (..., K) with K = {K} as in qweight {(N, K)}, got shape {tuple(x.shape)}")
     x, lora_A, lora_B, bias = _autocast(_autocast_dtype(x), x, lora_A, lora_B, bias)
-    weight, seed = qlora_ops.weight_of(qweight), None
+    seed = None
     if training and dropout_p != 0.0:
-        qlora_ops.check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)  # before the generator moves
+        qlora_ops.check(x, qlora_ops.weight_of(qweight), lora_A, lora_B, bias, scaling, dropout_p)  # before the generator moves
         seed = _draw_seed(x)
-    y, _ = qlora_ops.qlora_forward(x, weight, lora_A, lora_B, bias, seed, float(scaling), float(dropout_p))
+    y, _ = qlora_ops.qlora_forward(x, qweight, lora_A, lora_B, bias, seed, float(scaling), float(dropout_p))
     return y
 
 

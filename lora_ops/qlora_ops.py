@@ -68,9 +68,6 @@ class Weight(NamedTuple):
             scales = self.scales(first, first + -(-codes.shape[0] * K // self.blocksize))
             yield slice(n, n + rows), layout.dequantize(codes, scales, shape, self.blocksize, self.quant_type, dtype)
 
-    def contiguous(self) -> "Weight":
-        return Weight(*(t.contiguous() if isinstance(t, Tensor) else t for t in self))  # type: ignore[arg-type]
-
     def for_kernel(self) -> ops.FourBit:
         nested = (0 if t is None else t.data_ptr() for t in (self.nested_absmax, self.nested_code, self.offset))
         quant_type = layout.QUANT_TYPES[self.quant_type]
@@ -90,47 +87,50 @@ def check(
         raise ValueError(f"x must be (..., K) with K >= 1, got shape {tuple(x.shape)}")
     if weight.codes.dim() != 2 or weight.codes.shape[0] < 1:
         raise ValueError(f"codes must be (N, row_bytes(K)) with N >= 1, got shape {tuple(weight.codes.shape)}")
-    shape = (weight.codes.shape[0], x.shape[-1])
-    layout.check_tensors(*weight[:5], shape, weight.blocksize)
-    ops.check_beside(x, shape, None, lora_A, lora_B, bias, scaling, dropout_p)
-    if weight.codes.device != x.device:
-        raise ValueError(f"codes must be on x's device {x.device}, got {weight.codes.device}")
+    layout.check_tensors(*weight[:5], (weight.codes.shape[0], x.shape[-1]), weight.blocksize)
+    _check_beside(x, weight.codes, lora_A, lora_B, bias, scaling, dropout_p)
+
+
+def _check_beside(x: Tensor, codes: Tensor, *beside) -> None:  # type: ignore[no-untyped-def]
+    ops.check_beside(x, (codes.shape[0], x.shape[-1]), None, *beside)
+    if codes.device != x.device:
+        raise ValueError(f"codes must be on x's device {x.device}, got {codes.device}")
 
 
 def _forward_cpu(x: Tensor, *args):  # type: ignore[no-untyped-def]
-    weight, beside = Weight(*args[:7]), args[7:]
     if x.dtype not in layout.DTYPES:
         return _forward_reference(x, *args)
-    lora_A, lora_B, bias, seed, scaling, dropout_p = beside
+    weight, (lora_A, lora_B, bias, seed, scaling, dropout_p) = Weight(*args[:7]), args[7:]
     check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
-    weight, rows, N = weight.contiguous(), ops.rows_of(x), lora_B.shape[0]
-    y = torch.empty((rows.shape[0], N), dtype=x.dtype)
-    kernel_weight = None
+    return _forward_checked(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
+
+
+def _forward_checked(x: Tensor, weight: Weight, lora_A, lora_B, bias, seed, scaling, dropout_p):  # type: ignore[no-untyped-def]
+    rows, N = ops.rows_of(x), lora_B.shape[0]
+    y, for_kernel = torch.empty((rows.shape[0], N), dtype=x.dtype), None
     if ops.base_on_torch(x.dtype):
         for n, piece in weight.pieces(x.shape[-1], x.dtype):
             y[:, n] = rows @ piece.T
     else:
-        kernel_weight = weight.for_kernel()
-    S = ops.forward_kernel(rows, kernel_weight, None, lora_A, lora_B, bias, seed, scaling, dropout_p, y)
+        for_kernel = weight.for_kernel()
+    S = ops.forward_kernel(rows, for_kernel, None, lora_A, lora_B, bias, seed, scaling, dropout_p, y)
     return y.view(*x.shape[:-1], N), S
 
 
 def _backward_cpu(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-untyped-def]
-    weight, beside = Weight(*args[:7]), args[7:]
     if dy.dtype not in layout.DTYPES:
         return _backward_reference(dy, x, *args)
-    lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, *need = beside
-    weight, g, K = weight.contiguous(), ops.rows_of(dy), lora_A.shape[1]
-    dx = torch.empty((g.shape[0], K) if need_dx else 0, dtype=dy.dtype)
-    kernel_weight = None
+    weight, (lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, *need) = Weight(*args[:7]), args[7:]
+    g, K = ops.rows_of(dy), lora_A.shape[1]
+    dx, for_kernel = torch.empty((g.shape[0], K) if need_dx else 0, dtype=dy.dtype), None
     if need_dx and ops.base_on_torch(dy.dtype):
         total = torch.zeros(dx.shape, dtype=torch.float32)
         for n, piece in weight.pieces(K, dy.dtype):
             total += g[:, n] @ piece
         dx.copy_(total)
     elif need_dx:
-        kernel_weight = weight.for_kernel()
-    rest = ops.backward_kernel(g, x, kernel_weight, lora_A, lora_B, S, seed, scaling, dropout_p, dx if need_dx else None, *need)
+        for_kernel = weight.for_kernel()
+    rest = ops.backward_kernel(g, x, for_kernel, lora_A, lora_B, S, seed, scaling, dropout_p, dx if need_dx else None, *need)
     return dx.view(*dy.shape[:-1], K) if need_dx else dx, *rest
 
 
@@ -165,7 +165,7 @@ register_autograd("qlora_forward", Operator(_FORWARD, _BACKWARD, weight_args=7))
 
 def qlora_forward(
     x: Tensor,
-    weight: Weight,
+    qweight: NF4Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -173,8 +173,10 @@ def qlora_forward(
     scaling: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """torch.ops.lora_ops.qlora_forward; without the dispatcher where only its price would be noticed."""
-    args = (x, *weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
-    if dispatcher_has_no_say((x, *weight[:5], lora_A, lora_B, bias, seed)):
-        return _forward_cpu(*args)
-    return _FORWARD(*args)
+    """torch.ops.lora_ops.qlora_forward; without the dispatcher, and without checking what an NF4Weight has checked, where only
+    their price would be noticed (decoding, row by row)."""
+    weight = weight_of(qweight)
+    if x.dtype in layout.DTYPES and dispatcher_has_no_say((x, *weight[:5], lora_A, lora_B, bias, seed)):
+        _check_beside(x, weight.codes, lora_A, lora_B, bias, scaling, dropout_p)
+        return _forward_checked(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
+    return _FORWARD(x, *weight, lora_A, lora_B, bias, seed, scaling, dropout_p)

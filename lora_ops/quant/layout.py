@@ -71,6 +71,8 @@ def check_tensors(
             raise ValueError(f"{name} of {of} must have shape {expected}, got {tuple(t.shape)}")
         if t.device != codes.device:
             raise ValueError(f"{name} must be on codes' device {codes.device}, got {t.device}")
+        if not t.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")
 
 
 def pack_codes(codes: Tensor, quant_type: str) -> Tensor:
