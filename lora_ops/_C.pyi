@@ -2,15 +2,17 @@
 #
 # A matrix is (address, row stride, column stride, dtype), strides in elements, or None if absent.
 Matrix = tuple[int, int, int, int] | None
+# A 4-bit weight: address of codes, quant type, blocksize, addresses of absmax, nested_absmax, nested_code and offset.
+FourBit = tuple[int, int, int, int, int, int, int]
 
 compiler: str
 
 def lora_forward(
-    M: int, K: int, N: int, r: int, x: Matrix, weight: Matrix, panels: int, lora_A: Matrix, lora_B: Matrix, bias: Matrix,
-    scaling: float, seed: int, threshold: int, keep_scale: float, y: Matrix, S: int, threads: int, /,
+    M: int, K: int, N: int, r: int, x: Matrix, weight: Matrix | FourBit, panels: int, lora_A: Matrix, lora_B: Matrix,
+    bias: Matrix, scaling: float, seed: int, threshold: int, keep_scale: float, y: Matrix, S: int, threads: int, /,
 ) -> None: ...  # fmt: skip
 def lora_backward(
-    M: int, K: int, N: int, r: int, dy: Matrix, x: Matrix, weight: Matrix, lora_A: Matrix, lora_B: Matrix, S: int,
+    M: int, K: int, N: int, r: int, dy: Matrix, x: Matrix, weight: Matrix | FourBit, lora_A: Matrix, lora_B: Matrix, S: int,
     scaling: float, seed: int, threshold: int, keep_scale: float, dx: Matrix, dA: Matrix, dB: Matrix, dbias: Matrix,
     threads: int, /,
 ) -> None: ...  # fmt: skip

@@ -6,7 +6,7 @@ from . import reference
 from ._version import __version__
 from .adapters import LoraConfig, add_lora, lora_layers, lora_parameters, merge_lora, remove_lora, unmerge_lora
 from .build_info import build_info
-from .functional import lora_linear
+from .functional import lora_linear, qlora_linear
 from .nn.linear import FusedLoraLinear
 from .ops import pack_weight
 from .quant import NF4Weight, quantize_nf4
@@ -23,6 +23,7 @@ __all__ = [
     "lora_parameters",
     "merge_lora",
     "pack_weight",
+    "qlora_linear",
     "quantize_nf4",
     "reference",
     "remove_lora",

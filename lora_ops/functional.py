@@ -1,9 +1,11 @@
-"""The public function."""
+"""The public functions."""
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, qlora_ops
+from .autograd import check_frozen
+from .quant import NF4Weight
 
 
 def lora_linear(
@@ -52,19 +54,83 @@ def lora_linear(
         TypeError: a dtype that does not fit.
     """
     if torch.is_grad_enabled():
-        ops.check_frozen(weight)
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
-        if weight.dtype not in (x.dtype, torch.float32):
-            weight, panels = weight.to(x.dtype), None
-        if bias is not None and bias.dtype not in (x.dtype, torch.float32):
-            bias = bias.to(x.dtype)
-        if lora_A.dtype not in (x.dtype, torch.float32):
-            lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        check_frozen(weight)
+    dtype = _autocast_dtype(x)
+    if dtype is not None and weight.dtype not in (dtype, torch.float32):
+        weight, panels = weight.to(dtype), None
+    x, lora_A, lora_B, bias = _autocast(dtype, x, lora_A, lora_B, bias)
     seed = None
     if training and dropout_p != 0.0:
         ops.check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)  # before the generator moves
-        seed = torch.randint(0, 2**62, (), dtype=torch.int64, device=x.device)
+        seed = _draw_seed(x)
     y, _ = ops.lora_forward(x, weight, lora_A, lora_B, bias, panels, seed, float(scaling), float(dropout_p))
     return y
+
+
+def qlora_linear(
+    x: Tensor,
+    qweight: NF4Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """`lora_linear` over a frozen weight in 4 bits: y = x Wᵀ + scaling · (drop(x) Aᵀ) Bᵀ + bias, W = code · absmax.
+
+    QLoRA: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023 (https://arxiv.org/abs/2305.14314).
+    The weight is decoded where it is multiplied, in fp32, forward and backward, and never exists as a whole: bitsandbytes
+    writes all of it in x's dtype first, rounded to it. Gradients and what is kept for the backward are `lora_linear`'s; of
+    the weight, the 4-bit tensors themselves.
+
+    Args:
+        x: (..., K), float32, bfloat16 or float16 (float64 runs the reference), any strides.
+        qweight: (N, K), see `quantize_nf4`. Its own `dtype` does not matter here.
+        lora_A, lora_B, scaling, bias, dropout_p, training: as in `lora_linear`.
+
+    Returns:
+        (..., N) in x's dtype; under `torch.autocast`, in the dtype that `F.linear` would return.
+
+    Raises:
+        ValueError: a shape, device, scaling or dropout_p that does not fit.
+        TypeError: a dtype that does not fit, or a qweight that is no NF4Weight.
+    """
+    if not isinstance(qweight, NF4Weight):
+        raise TypeError(f"qweight must be an NF4Weight (see quantize_nf4), got {type(qweight).__name__}")
+    N, K = qweight.shape
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"x must be (..., K) with K = {K} as in qweight {(N, K)}, got shape {tuple(x.shape)}")
+    x, lora_A, lora_B, bias = _autocast(_autocast_dtype(x), x, lora_A, lora_B, bias)
+    seed = None
+    if training and dropout_p != 0.0:
+        qlora_ops.check(x, qlora_ops.weight_of(qweight), lora_A, lora_B, bias, scaling, dropout_p)  # before the generator moves
+        seed = _draw_seed(x)
+    y, _ = qlora_ops.qlora_forward(x, qweight, lora_A, lora_B, bias, seed, float(scaling), float(dropout_p))
+    return y
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of x, or None where it does not act."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def _autocast(
+    dtype: torch.dtype | None, x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x in that dtype, and what could not lie beside it. fp32 parameters can, and are not rounded."""
+    if dtype is None:
+        return x, lora_A, lora_B, bias
+    if bias is not None and bias.dtype not in (dtype, torch.float32):
+        bias = bias.to(dtype)
+    if lora_A.dtype not in (dtype, torch.float32):
+        lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+    return x.to(dtype), lora_A, lora_B, bias
+
+
+def _draw_seed(x: Tensor) -> Tensor:
+    return torch.randint(0, 2**62, (), dtype=torch.int64, device=x.device)

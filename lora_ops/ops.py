@@ -3,8 +3,8 @@
     lora_forward    y, S from x, the frozen weight and one adapter
     lora_backward   dx, dA, dB, dbias, of which only those asked for are computed (the others come back empty)
 
-The extension takes addresses and sizes (csrc/bindings.cpp); torch allocates every output. Devices and dtypes without a
-kernel run lora_ops/reference.py.
+qlora_ops.py has the same two for a 4-bit weight. The extension takes addresses and sizes (csrc/bindings.cpp); torch
+allocates every output. Devices and dtypes without a kernel run lora_ops/reference.py.
 """
 
 import functools
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from . import _C, reference
+from .autograd import Operator, dispatcher_has_no_say, library, register, register_autograd
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _HALF = (torch.bfloat16, torch.float16)
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-library = torch.library.Library("lora_ops", "DEF")
 library.define(
     "lora_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? panels, Tensor? seed, "
     "float scaling, float dropout_p) -> (Tensor, Tensor)"
@@ -48,6 +48,21 @@ def check(
     if weight.dim() != 2:
         raise ValueError(f"weight must be (N, K), got shape {tuple(weight.shape)}")
     N, K = weight.shape
+    check_beside(x, (N, K), weight, lora_A, lora_B, bias, scaling, dropout_p)
+
+
+def check_beside(
+    x: Tensor,
+    shape: tuple[int, int],
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> None:
+    """What lies beside a weight of shape (N, K), and the weight's own dtype and device unless it is in 4 bits."""
+    N, K = shape
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x must be (..., K) with K = {K} as in weight {(N, K)}, got shape {tuple(x.shape)}")
     if lora_A.dim() != 2 or lora_A.shape[1] != K:
@@ -80,14 +95,6 @@ def check(
         raise TypeError(f"lora_A and lora_B must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
 
 
-def check_frozen(weight: Tensor) -> None:
-    if weight.requires_grad:
-        raise ValueError(
-            "weight requires grad, but W0 is frozen by definition: no gradient of it is ever computed. "
-            "Call weight.requires_grad_(False), or train W0 with torch.nn.functional.linear"
-        )
-
-
 # --- CPU --------------------------------------------------------------------------------------------------------------
 
 
@@ -98,7 +105,7 @@ def _strided(t: Tensor) -> Tensor:
     return t.contiguous()
 
 
-def _rows(t: Tensor) -> Tensor:
+def rows_of(t: Tensor) -> Tensor:
     """(..., C) as (rows, C) with contiguous rows, a view wherever one exists."""
     if t.dim() != 2:
         t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
@@ -106,6 +113,8 @@ def _rows(t: Tensor) -> Tensor:
 
 
 Matrix = tuple[int, int, int, int] | None
+# A 4-bit weight: address of codes, quant type, blocksize, addresses of absmax, nested_absmax, nested_code and offset.
+FourBit = tuple[int, int, int, int, int, int, int]
 
 
 def _matrix(t: Tensor | None) -> Matrix:
@@ -141,6 +150,61 @@ def _has_kernel(x: Tensor, weight: Tensor) -> bool:
     return x.dtype in _DTYPES and weight.numel() > 0
 
 
+def forward_kernel(
+    rows: Tensor,
+    weight: Matrix | FourBit,
+    panels: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    y: Tensor,
+) -> Tensor:
+    """Writes y (M, N) and returns S (M, r). Without a weight, y already holds x W0ᵀ."""
+    (M, K), N, r = rows.shape, y.shape[1], lora_A.shape[0]
+    S = torch.empty((M, r), dtype=torch.float32)
+    A, B = lora_A.contiguous(), lora_B.contiguous()
+    _C.lora_forward(
+        M, K, N, r, _matrix(rows), weight, 0 if panels is None else panels.data_ptr(), _matrix(A), _matrix(B),
+        _matrix(None if bias is None else bias.contiguous()), scaling, *_dropout(seed, dropout_p), _matrix(y), S.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return S
+
+
+def backward_kernel(
+    g: Tensor,
+    x: Tensor | None,
+    weight: Matrix | FourBit,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    dx: Tensor | None,
+    need_dA: bool,
+    need_dB: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes dx (M, K) if there is one, and returns dA, dB, dbias. Without a weight, dx already holds dy W0."""
+    (M, N), (r, K) = g.shape, lora_A.shape
+    A, B = lora_A.contiguous(), lora_B.contiguous()
+    rows = rows_of(x) if need_dA and x is not None else None
+    dA = torch.empty((r, K) if need_dA else 0, dtype=lora_A.dtype)
+    dB = torch.empty((N, r) if need_dB else 0, dtype=lora_B.dtype)
+    dbias = torch.empty(N if need_dbias else 0, dtype=g.dtype)
+    _C.lora_backward(
+        M, K, N, r, _matrix(g), _matrix(rows), weight, _matrix(A), _matrix(B),
+        S.data_ptr() if need_dB and S is not None else 0, scaling, *_dropout(seed, dropout_p), _matrix(dx),
+        _matrix(dA if need_dA else None), _matrix(dB if need_dB else None), _matrix(dbias if need_dbias else None),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dA, dB, dbias
+
+
 def _lora_forward_cpu(
     x: Tensor,
     weight: Tensor,
@@ -154,21 +218,15 @@ def _lora_forward_cpu(
 ) -> tuple[Tensor, Tensor]:
     check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if not _has_kernel(x, weight):
-        return _lora_forward_reference(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p)
-    N, K = weight.shape
-    rows = _rows(x)
-    M, r = rows.shape[0], lora_A.shape[0]
-    S = torch.empty((M, r), dtype=torch.float32)
+        return forward_reference(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p)
     if panels is not None:
         _check_panels(panels, weight, x.dtype)
+    N, rows = weight.shape[0], rows_of(x)
     external = panels is None and base_on_torch(x.dtype)
-    y = rows @ weight.to(x.dtype).T if external else torch.empty((M, N), dtype=x.dtype)
-    weight, A, B = _strided(weight), lora_A.contiguous(), lora_B.contiguous()
-    _C.lora_forward(
-        M, K, N, r, _matrix(rows), None if external else _matrix(weight), 0 if panels is None else panels.data_ptr(),
-        _matrix(A), _matrix(B), _matrix(None if bias is None else bias.contiguous()), scaling, *_dropout(seed, dropout_p),
-        _matrix(y), S.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+    y = rows @ weight.to(x.dtype).T if external else torch.empty((rows.shape[0], N), dtype=x.dtype)
+    weight = _strided(weight)
+    matrix = None if external else _matrix(weight)
+    S = forward_kernel(rows, matrix, panels, lora_A, lora_B, bias, seed, scaling, dropout_p, y)
     return y.view(*x.shape[:-1], N), S
 
 
@@ -183,45 +241,30 @@ def _lora_backward_cpu(
     scaling: float,
     dropout_p: float,
     need_dx: bool,
-    need_dA: bool,
-    need_dB: bool,
-    need_dbias: bool,
+    *need: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not _has_kernel(dy, weight):
-        return _lora_backward_reference(
-            dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, need_dA, need_dB, need_dbias
-        )
-    N, K = weight.shape
-    g = _rows(dy)
-    M, r = g.shape[0], lora_A.shape[0]
-    A, B = lora_A.contiguous(), lora_B.contiguous()
-    rows = _rows(x) if need_dA and x is not None else None
+        return backward_reference(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, *need)
+    K, g = weight.shape[1], rows_of(dy)
     external = need_dx and base_on_torch(dy.dtype)
-    dx = g @ weight.to(g.dtype) if external else torch.empty((M, K) if need_dx else 0, dtype=dy.dtype)
-    dA = torch.empty((r, K) if need_dA else 0, dtype=lora_A.dtype)
-    dB = torch.empty((N, r) if need_dB else 0, dtype=lora_B.dtype)
-    dbias = torch.empty(N if need_dbias else 0, dtype=dy.dtype)
+    dx = g @ weight.to(g.dtype) if external else torch.empty((g.shape[0], K) if need_dx else 0, dtype=dy.dtype)
     weight = _strided(weight)
-    _C.lora_backward(
-        M, K, N, r, _matrix(g), _matrix(rows), None if external or not need_dx else _matrix(weight), _matrix(A), _matrix(B),
-        S.data_ptr() if need_dB and S is not None else 0, scaling, *_dropout(seed, dropout_p),
-        _matrix(dx if need_dx else None), _matrix(dA if need_dA else None), _matrix(dB if need_dB else None),
-        _matrix(dbias if need_dbias else None), torch.get_num_threads(),
-    )  # fmt: skip
-    return dx.view(*dy.shape[:-1], K) if need_dx else dx, dA, dB, dbias
+    matrix = _matrix(weight) if need_dx and not external else None
+    rest = backward_kernel(g, x, matrix, lora_A, lora_B, S, seed, scaling, dropout_p, dx if need_dx else None, *need)
+    return dx.view(*dy.shape[:-1], K) if need_dx else dx, *rest
 
 
 # --- devices and dtypes without a kernel ------------------------------------------------------------------------------
 
 
-def _lora_forward_reference(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p):  # type: ignore[no-untyped-def]
+def forward_reference(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p):  # type: ignore[no-untyped-def]
     check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y, S = reference.lora_forward(rows, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
     return y.reshape(*x.shape[:-1], weight.shape[0]), S
 
 
-def _lora_backward_reference(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, *need):  # type: ignore[no-untyped-def]
+def backward_reference(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, *need):  # type: ignore[no-untyped-def]
     M = math.prod(dy.shape[:-1])
     rows = None if x is None else x.reshape(M, weight.shape[1])
     grads = reference.lora_backward(
@@ -236,94 +279,36 @@ def _lora_backward_reference(dy, x, weight, lora_A, lora_B, S, seed, scaling, dr
 
 def _lora_forward_fake(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p):  # type: ignore[no-untyped-def]
     check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    return fake_outputs(x, lora_A, lora_B)
+
+
+def fake_outputs(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """y and S without their numbers."""
     S_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     M = math.prod(x.shape[:-1])
-    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((M, lora_A.shape[0]), dtype=S_dtype)
+    return x.new_empty((*x.shape[:-1], lora_B.shape[0])), x.new_empty((M, lora_A.shape[0]), dtype=S_dtype)
 
 
-def _lora_backward_fake(  # type: ignore[no-untyped-def]
-    dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, need_dA, need_dB, need_dbias
-):
+def _lora_backward_fake(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, *need):  # type: ignore[no-untyped-def]
+    return fake_gradients(dy, lora_A, lora_B, *need)
+
+
+def fake_gradients(
+    dy: Tensor, lora_A: Tensor, lora_B: Tensor, need_dx: bool, need_dA: bool, need_dB: bool, need_dbias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        dy.new_empty((*dy.shape[:-1], weight.shape[1]) if need_dx else 0),
+        dy.new_empty((*dy.shape[:-1], lora_A.shape[1]) if need_dx else 0),
         lora_A.new_empty(lora_A.shape if need_dA else 0),
         lora_B.new_empty(lora_B.shape if need_dB else 0),
-        dy.new_empty(weight.shape[0] if need_dbias else 0),
+        dy.new_empty(lora_B.shape[0] if need_dbias else 0),
     )
 
 
-# --- autograd ---------------------------------------------------------------------------------------------------------
+# --- registration -----------------------------------------------------------------------------------------------------
 
-
-class _LoraForward(torch.autograd.Function):
-    """Below the dispatcher's autograd key: `keyset` says where the call goes on to."""
-
-    @staticmethod
-    def forward(ctx, keyset, x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p):  # type: ignore[no-untyped-def]
-        need_x, _, need_A, need_B, need_bias = ctx.needs_input_grad[1:6]
-        y, S = _below_autograd(_FORWARD, keyset, x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p)
-        # dA alone needs x, dB alone needs S: a frozen A saves no activation at all.
-        ctx.save_for_backward(x if need_A else None, weight, lora_A, lora_B, S if need_B else None, seed)
-        ctx.mark_non_differentiable(S)
-        ctx.set_materialize_grads(False)
-        ctx.scaling, ctx.dropout_p, ctx.need = scaling, dropout_p, (need_x, need_A, need_B, need_bias)
-        return y, S
-
-    @staticmethod
-    def backward(ctx, dy, _dS):  # type: ignore[no-untyped-def]
-        if torch.is_grad_enabled():
-            raise RuntimeError("lora_linear is differentiable once: its backward has no derivative (create_graph=True)")
-        if dy is None:
-            return (None,) * 10
-        x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
-        need = ctx.need
-        dx, dA, dB, dbias = _BACKWARD(dy, x, weight, lora_A, lora_B, S, seed, ctx.scaling, ctx.dropout_p, *need)
-        return (
-            None, dx if need[0] else None, None, dA if need[1] else None, dB if need[2] else None,
-            dbias if need[3] else None, None, None, None, None,
-        )  # fmt: skip
-
-
-def _below_autograd(op, keyset, *args):  # type: ignore[no-untyped-def]
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-
-def _lora_forward_autograd(keyset, *args):  # type: ignore[no-untyped-def]
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        check_frozen(args[1])
-        return _LoraForward.apply(keyset, *args)
-    return _below_autograd(_FORWARD, keyset, *args)
-
-
-library.impl("lora_forward", _lora_forward_cpu, "CPU")
-library.impl("lora_backward", _lora_backward_cpu, "CPU")
-library.impl("lora_forward", _lora_forward_reference, "CompositeExplicitAutograd")
-library.impl("lora_backward", _lora_backward_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("lora_ops::lora_forward", _lora_forward_fake, lib=library)
-torch.library.register_fake("lora_ops::lora_backward", _lora_backward_fake, lib=library)
-_FORWARD = torch.ops.lora_ops.lora_forward.default
-_BACKWARD = torch.ops.lora_ops.lora_backward.default
-library.impl("lora_forward", _lora_forward_autograd, "Autograd", with_keyset=True)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
-
-
-def _dispatcher_has_no_say(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether the dispatcher would do nothing but call the CPU's kernel: no gradient, no subclass, no mode, no tracer."""
-    if torch.compiler.is_compiling():
-        return False
-    return (
-        all(type(t) in _PLAIN for t in tensors)
-        and tensors[0].is_cpu  # type: ignore[union-attr]
-        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
-        and torch._C._functorch.maybe_current_level() is None
-        and not torch._C._get_tracing_state()
-        and not torch.autograd._profiler_enabled()
-    )
+_FORWARD = register("lora_forward", _lora_forward_cpu, forward_reference, _lora_forward_fake)
+_BACKWARD = register("lora_backward", _lora_backward_cpu, backward_reference, _lora_backward_fake)
+register_autograd("lora_forward", Operator(_FORWARD, _BACKWARD, weight_args=1))
 
 
 def lora_forward(
@@ -338,7 +323,7 @@ def lora_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """torch.ops.lora_ops.lora_forward; without the dispatcher where only its price would be noticed (decoding, row by row)."""
-    if _dispatcher_has_no_say((x, weight, lora_A, lora_B, bias, panels, seed)):
+    if dispatcher_has_no_say((x, weight, lora_A, lora_B, bias, panels, seed)):
         return _lora_forward_cpu(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p)
     return _FORWARD(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p)
 

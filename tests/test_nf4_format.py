@@ -12,7 +12,7 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 
-from lora_ops import NF4Weight, quantize_nf4, reference
+from lora_ops import _C, NF4Weight, quantize_nf4, reference
 from lora_ops.quant import layout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -153,6 +153,11 @@ def test_memory_layout(K):
         shift = 4 * (j % 2)
         rows[n, byte] = rows[n, byte] & ~(15 << shift) & 0xFF | codes.view(2, K)[n, k] << shift
     assert torch.equal(ours.codes, rows)
+
+
+def test_bytes_of_a_row():
+    """One rule in two languages."""
+    assert [layout.row_bytes(K) for K in range(1000)] == [_C.row_bytes(K) for K in range(1000)]
 
 
 @each_quant_type

@@ -1,15 +1,14 @@
 """lora_linear as a citizen of torch: registration, compilation, export, autocast, what autograd keeps, bad input."""
 
 import re
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import BF16, F16, F32, Dtypes, eager_lora, error, every_dtype, fused_lora, make_case, oracle, run
+from observe import Names, bytes_beside, gradients, leaves, saved
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_ops
@@ -17,11 +16,6 @@ from lora_ops import FusedLoraLinear, lora_linear, ops, reference
 
 F64 = torch.float64
 M, K, N, r = SHAPE = (41, 33, 65, 8)
-
-
-def leaves(case) -> list[torch.Tensor]:
-    """x, A, B and bias, each to be differentiated."""
-    return [t.detach().requires_grad_() for t in (case.x, case.lora_A, case.lora_B, case.bias)]
 
 
 # --- torch.library ----------------------------------------------------------------------------------------------------
@@ -68,14 +62,6 @@ def test_meta_tensors_give_shapes():
 
 
 # --- torch.compile and torch.export -----------------------------------------------------------------------------------
-
-
-def gradients(function: Callable, case) -> list[torch.Tensor]:
-    inputs = leaves(case)
-    torch.manual_seed(case.generator)
-    y = function(*inputs)
-    y.backward(case.dy)
-    return [y.detach(), *(t.grad for t in inputs)]
 
 
 @pytest.fixture(autouse=True)
@@ -192,25 +178,6 @@ def test_autocast_leaves_float64_alone():
 
 
 # --- what autograd keeps ----------------------------------------------------------------------------------------------
-
-
-def saved(function: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
-    tensors = []
-
-    def pack(t):
-        tensors.append(t)
-        return t
-
-    with saved_tensors_hooks(pack, lambda t: t):
-        assert function().requires_grad
-    return tensors
-
-
-def bytes_beside(tensors: list[torch.Tensor], shared: list[torch.Tensor]) -> int:
-    """Bytes of the storages that are none of `shared`'s."""
-    known = {t.untyped_storage().data_ptr() for t in shared}
-    new = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
-    return sum(size for address, size in new.items() if address not in known)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
@@ -359,18 +326,6 @@ def test_reference_is_public(dtypes):
 
 
 # --- without the dispatcher where it has no say ------------------------------------------------------------------------
-
-
-class Names(TorchDispatchMode):
-    """Collects the operators that the dispatcher sees."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 def test_modes_and_the_profiler_see_the_operator():

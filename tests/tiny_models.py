@@ -116,9 +116,9 @@ def copy_adapters(peft_model, model):
             ours[name].lora_B["default"].copy_(B)
 
 
-def injected(model, **fields):
+def injected(model, quant=None, **fields):
     """The model with adapters that do something."""
-    add_lora(model, LoraConfig(**{"target_modules": "all-linear", "r": 4, **fields}))
+    add_lora(model, LoraConfig(**{"target_modules": "all-linear", "r": 4, **fields}), quant=quant)
     for _, layer in lora_layers(model):
         nn.init.normal_(layer.lora_B["default"], std=0.2)
     return model

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn.linear import FusedLoraLinear, check_adapter_name, is_conv1d
+from ..nn.quantized import check_quant, is_linear4bit
+from ..quant import NF4Weight
 from .config import LoraConfig
 from .targets import check_replaceable, some, targeted_modules
 
@@ -31,6 +33,9 @@ def add_lora(
     *,
     adapter_dtype: torch.dtype | None = None,
     prepack: bool = False,
+    quant: str | None = None,
+    blocksize: int = 64,
+    double_quant: bool = True,
 ) -> Model:
     """Replaces the targeted layers of `model`, in place, by `FusedLoraLinear`s and freezes every other parameter.
 
@@ -38,17 +43,23 @@ def add_lora(
     stay, and `<layer>.lora_A.<adapter_name>` (r, K) and `<layer>.lora_B.<adapter_name>` (N, r) join them. A module that
     sits in several places is replaced in all of them by one layer. A layer's forward and backward hooks go on running.
 
+    With `quant`, the targeted weights are quantised to 4 bits, copies that nothing else shares. Layers that bitsandbytes has
+    quantised are taken over with their codes. Either is in the state dict under bitsandbytes' keys.
+
     Args:
-        model: holds nn.Linear or transformers' Conv1D layers, with weights in float32, bfloat16, float16 or float64.
+        model: holds nn.Linear, transformers' Conv1D or bitsandbytes' Linear4bit layers, with weights in float32, bfloat16,
+            float16 or float64, or in 4 bits.
         config: see `LoraConfig`.
         adapter_name: the key of the adapter's parameters.
         adapter_dtype, prepack: see `FusedLoraLinear`.
+        quant, blocksize, double_quant: see `FusedLoraLinear.from_linear`.
 
     Returns:
         model.
 
     Raises:
-        ValueError: `target_modules` matches nothing, or the model has an adapter already (one at a time).
+        ValueError: `target_modules` matches nothing, the model has an adapter already (one at a time), or a weight cannot be
+            quantised.
         TypeError: a targeted module is not a layer that can be replaced, or an argument is of the wrong type.
         In each case the model is as it was.
     """
@@ -58,6 +69,7 @@ def add_lora(
         raise TypeError(f"config must be a lora_ops.LoraConfig, got {type(config).__module__}.{type(config).__name__}")
     config = dataclasses.replace(config)  # checked anew: its fields may have been assigned to
     check_adapter_name(adapter_name)
+    check_quant(quant, blocksize)
     if isinstance(model, nn.Linear) or is_conv1d(model):
         raise TypeError(
             f"model is itself a {type(model).__name__}, which cannot be replaced in place: "
@@ -69,20 +81,25 @@ def add_lora(
 
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
-        layers = {
-            module: FusedLoraLinear.from_linear(
-                module,
-                config.rank_of(name),
-                lora_alpha=config.alpha_of(name),
-                lora_dropout=config.lora_dropout,
-                use_rslora=config.use_rslora,
-                init_lora_weights=config.init_lora_weights,
-                adapter_dtype=adapter_dtype,
-                prepack=prepack,
-                adapter_name=adapter_name,
-            )
-            for module, name in targets.items()
-        }
+        layers = {}
+        for module, name in targets.items():
+            try:
+                layers[module] = FusedLoraLinear.from_linear(
+                    module,
+                    config.rank_of(name),
+                    lora_alpha=config.alpha_of(name),
+                    lora_dropout=config.lora_dropout,
+                    use_rslora=config.use_rslora,
+                    init_lora_weights=config.init_lora_weights,
+                    adapter_dtype=adapter_dtype,
+                    prepack=prepack,
+                    adapter_name=adapter_name,
+                    quant=quant,
+                    blocksize=blocksize,
+                    double_quant=double_quant,
+                )
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"{name}: {error}; the model was left untouched") from error
     except BaseException:
         _set_requires_grad(model, requires_grad)  # from_linear freezes
         raise
@@ -90,9 +107,7 @@ def add_lora(
     model.requires_grad_(False)
     for module, layer in layers.items():
         _share_hooks(module, layer)
-        # A shell without parameters: nothing that is moved, cast or freed later lives on in it.
-        module._parameters.update(weight=None, bias=None)
-        vars(layer)["original"] = module  # not through setattr, which would make it a submodule
+        vars(layer)["original"] = _emptied(module)  # not through setattr, which would make it a submodule
     _replace(model, {**layers})
     _train_biases(model, config.bias)
     model.lora_injection = Injection(adapter_name, config, requires_grad)  # type: ignore[assignment]
@@ -102,7 +117,8 @@ def add_lora(
 def remove_lora(model: Model) -> Model:
     """Undoes `add_lora`: puts the original modules back, unmerged, with the `requires_grad` flags that they had.
 
-    Biases that were trained (`LoraConfig.bias`) keep their values.
+    Biases that were trained (`LoraConfig.bias`) keep their values. A layer that `add_lora` quantised comes back as what it
+    was, nn.Linear or Conv1D, with the dequantised weight: the one before is gone. A Linear4bit has its codes again.
 
     Raises:
         ValueError: neither `model` nor a part of it is a model that `add_lora` was called with.
@@ -116,12 +132,12 @@ def remove_lora(model: Model) -> Model:
             original = vars(layer).get("original")
             if original is None:  # a FusedLoraLinear that the user placed
                 continue
-            originals[layer] = original
             if layer.merged:
                 layer.unmerge()
-            original.weight = nn.Parameter(layer.weight.data.t()) if layer.fan_in_fan_out else layer.weight
+            original.weight = _weight_for(original, layer.weight)
             original.bias = layer.bias
             original.training = layer.training
+            originals[layer] = original
         _replace(owner, originals)
         _set_requires_grad(owner, vars(owner).pop("lora_injection").requires_grad)
     return model
@@ -146,18 +162,19 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     return iter(trainable)
 
 
-def merge_lora(model: Model) -> Model:
+def merge_lora(model: Model, to: torch.dtype | None = None) -> Model:
     """Merges every layer's adapter into its weight (`FusedLoraLinear.merge`): all layers, or none if one fails.
 
     Raises:
         RuntimeError: a layer is merged already.
+        TypeError: `to` is no dtype of a weight.
         ValueError: there is no layer with LoRA, or a merged weight would not be finite.
     """
     layers = _layers_to_change(model, merged=False)
     done: list[FusedLoraLinear] = []
     for name, layer in layers.items():
         try:
-            layer.merge()
+            layer.merge(to)
         except BaseException as error:
             for other in done:
                 other.unmerge()
@@ -210,6 +227,28 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):
             if child is not None and child in new:
                 setattr(parent, name, new[child])
+
+
+def _emptied(module: nn.Module) -> nn.Module:
+    """A shell without parameters: nothing that is moved, cast or freed later lives on in it."""
+    if is_linear4bit(module):
+        vars(module).update(params4bit=type(module.weight), quant_state=None)
+    module._parameters.update(weight=None, bias=None)
+    return module
+
+
+def _weight_for(original: nn.Module, weight: Tensor | NF4Weight) -> nn.Parameter:
+    """A layer's weight as the parameter that the module had."""
+    params4bit = vars(original).pop("params4bit", None)
+    if params4bit is not None and isinstance(weight, NF4Weight):
+        state = weight.to_bitsandbytes(quant_storage=original.quant_storage)  # type: ignore[arg-type]
+        packed = state.pop("weight")
+        stats = {key.removeprefix("weight."): t for key, t in state.items()}
+        return params4bit.from_prequantized(packed, stats, device=weight.device, module=original)
+    dense = weight.dequantize() if isinstance(weight, NF4Weight) else weight
+    if is_conv1d(original):
+        return nn.Parameter(dense.data.t())
+    return dense if isinstance(dense, nn.Parameter) else nn.Parameter(dense)
 
 
 def _share_hooks(module: nn.Module, layer: FusedLoraLinear) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..nn.linear import is_conv1d
+from ..nn.quantized import is_linear4bit
 from .config import LoraConfig, Targets, is_all_linear, matches_pattern, matches_targets
 
 # PEFT's choice of target_modules where the user makes none.
@@ -78,11 +79,14 @@ def check_replaceable(model: nn.Module, targets: Mapping[nn.Module, str]) -> Non
     read = {child: type(m).__name__ for m in model.modules() if isinstance(m, readers) for child in m.children()}
     for module, name in targets.items():
         weight = module._parameters.get("weight")
-        plain = type(module).forward is nn.Linear.forward or is_conv1d(module)
+        four_bit = is_linear4bit(module)
+        plain = type(module).forward is nn.Linear.forward or is_conv1d(module) or four_bit
         if not plain or "forward" in vars(module):
-            why = "only nn.Linear and transformers' Conv1D are, with their own forward"
+            why = "only nn.Linear, transformers' Conv1D and bitsandbytes' quantised Linear4bit are, with their own forward"
         elif module in read:
             why = f"{read[module]} reads its weight without calling it"
+        elif four_bit:
+            continue
         elif type(weight) is not nn.Parameter or is_lazy(weight):
             why = f"its weight is no plain nn.Parameter but {type(getattr(module, 'weight', None)).__name__}"
         elif weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):

@@ -7,15 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import lora_linear
+from ..functional import lora_linear, qlora_linear
 from ..ops import pack_weight
+from ..quant import NF4Weight
+from .quantized import applied, check_quant, is_linear4bit, linear_4bit, loaded, quantised, requantise, split_state
 
 
 class FusedLoraLinear(nn.Module):
     """Drop-in for `nn.Linear` with a trainable low-rank update: y = x W0ᵀ + scaling · (drop(x) Aᵀ) Bᵀ + bias.
 
     Parameters: `weight` (N, K) and `bias` (N,), frozen; `lora_A[name]` (r, K) and `lora_B[name]` (N, r), trainable, keyed by
-    the adapter's name, "default" first. Operator, dtypes and numerics: `lora_ops.lora_linear`.
+    the adapter's name, "default" first. Operator, dtypes and numerics: `lora_ops.lora_linear`. With a weight in 4 bits (see
+    `from_linear`) `weight` is an `NF4Weight` and no parameter: `lora_ops.qlora_linear`.
 
     Args:
         in_features, out_features: K and N.
@@ -71,31 +74,54 @@ class FusedLoraLinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         prepack: bool = False,
         adapter_name: str = "default",
+        quant: str | None = None,
+        blocksize: int = 64,
+        double_quant: bool = True,
     ) -> "FusedLoraLinear":
         """Wraps an `nn.Linear` or a transformers `Conv1D`, sharing its weight and bias: nothing is copied.
 
         A Conv1D keeps its (K, N) storage, and its shape in the state dict; `weight` is its transposed view. The shared
         parameters are frozen.
+
+        With `quant`, the weight is a copy in 4 bits, made by `quantize_nf4`; bitsandbytes' `Linear4bit` becomes such a layer
+        with the very codes and scales that it has. The state dict holds a 4-bit weight under bitsandbytes' keys, and
+        `load_state_dict` takes it from them: all of it, or an error that names the key, before anything of the layer is
+        changed. `to(dtype)` leaves codes and scales alone.
+
+        Args:
+            quant: "nf4", "fp4" or None, which leaves the weight as it is.
+            blocksize, double_quant: see `quantize_nf4`.
+
+        Raises:
+            TypeError: another kind of layer, or a dtype that cannot be quantised.
+            ValueError: an argument out of its range, by name; a weight that cannot be quantised because it is not finite;
+                a Linear4bit that bitsandbytes has repacked (`NF4Weight.from_params4bit`).
         """
         check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
         check_adapter_name(adapter_name)
+        check_quant(quant, blocksize)
         weight, bias = _weight_of(linear)
+        weight = quantised(weight, quant, blocksize, double_quant)
+        if prepack and isinstance(weight, NF4Weight):
+            raise ValueError("prepack must be False for a weight in 4 bits, which lies as the kernels read it, got True")
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module._setup(weight, bias, prepack)
-        module.fan_in_fan_out = is_conv1d(linear)
+        module.fan_in_fan_out = is_conv1d(linear) and isinstance(weight, Tensor)
         module._new_adapter(adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
         module.train(linear.training)
         return module
 
-    weight: Tensor
+    weight: Tensor | NF4Weight
     bias: Tensor | None
     # W0 while it is merged: the very parameter, so that what is tied to it stays tied. Not registered: no state dict has it.
-    unmerged_weight: nn.Parameter | None
+    unmerged_weight: Tensor | NF4Weight | None
+    # Of a merged weight that went back to 4 bits: its relative Frobenius error against W0 + scaling · B A. Else None.
+    merge_error: float | None
 
-    def _setup(self, weight: Tensor, bias: Tensor | None, prepack: bool) -> None:
+    def _setup(self, weight: Tensor | NF4Weight, bias: Tensor | None, prepack: bool) -> None:
         self.out_features, self.in_features = weight.shape
-        self.weight = weight.requires_grad_(False)
+        self.weight = weight if isinstance(weight, NF4Weight) else weight.requires_grad_(False)
         self.bias = None if bias is None else bias.requires_grad_(False)
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
@@ -111,6 +137,7 @@ class FusedLoraLinear(nn.Module):
         self._panels_of: tuple[Any, ...] | None = None
         self._packed_weight: Tensor | None = None
         self.unmerged_weight = None
+        self.merge_error = None
 
     def _new_adapter(
         self,
@@ -155,27 +182,25 @@ class FusedLoraLinear(nn.Module):
         return self.unmerged_weight is not None
 
     def forward(self, x: Tensor) -> Tensor:
+        weight, name = self.weight, self.active_adapter
         if self.merged:
-            return F.linear(x, self.weight, self.bias)
-        name = self.active_adapter
-        return lora_linear(
-            x,
-            self.weight,
-            self.lora_A[name],
-            self.lora_B[name],
-            scaling=self.scaling[name],
-            bias=self.bias,
-            dropout_p=self.lora_dropout[name],
-            training=self.training,
-            panels=self._packed(x.dtype) if self.prepack else None,
-        )
+            return F.linear(x, weight, self.bias) if isinstance(weight, Tensor) else linear_4bit(x, weight, self.bias)
+        A, B = self.lora_A[name], self.lora_B[name]
+        options: dict[str, Any] = {
+            "scaling": self.scaling[name],
+            "bias": self.bias,
+            "dropout_p": self.lora_dropout[name],
+            "training": self.training,
+        }
+        if isinstance(weight, NF4Weight):
+            return qlora_linear(x, weight, A, B, **options)
+        return lora_linear(x, weight, A, B, **options, panels=self._packed(weight, x.dtype) if self.prepack else None)
 
-    def _packed(self, dtype: torch.dtype) -> Tensor | None:
+    def _packed(self, w: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The kept panels, made anew when the weight's version or storage has changed. A compiled graph, which could not
         notice that, reads the weight itself."""
         if torch.compiler.is_compiling():
             return None
-        w = self.weight
         if torch.is_autocast_enabled(w.device.type):
             dtype = torch.get_autocast_dtype(w.device.type)
         version = 0 if w.is_inference() else w._version
@@ -188,7 +213,11 @@ class FusedLoraLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "FusedLoraLinear":
         # Moved or cast: the panels and the weight that they came from are of no use any more.
         self._panels = self._panels_of = self._packed_weight = None
-        if self.unmerged_weight is not None:
+        for name in ("weight", "unmerged_weight"):
+            weight = getattr(self, name)
+            if isinstance(weight, NF4Weight):
+                setattr(self, name, applied(weight, fn))
+        if isinstance(self.unmerged_weight, Tensor):
             self.unmerged_weight.data = fn(self.unmerged_weight.data)
         return super()._apply(fn, recurse)
 
@@ -201,20 +230,37 @@ class FusedLoraLinear(nn.Module):
         return self.scaling[name] * (B.to(wide) @ A.to(wide))
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, to: torch.dtype | None = None) -> None:
         """Replaces `weight` by W0 + scaling · B A, rounded once. W0 is kept aside: whoever shares it does not notice.
+
+        A 4-bit weight is dequantised for that, and quantised again in the same format, which costs as much as the first time:
+        `merge_error` then holds |W - (W0 + ΔW)| / |W0 + ΔW|, Frobenius, about 0.09 for NF4 in blocks of 64.
+
+        Args:
+            to: the dtype of the merged weight, float32, bfloat16, float16 or float64, which then is a dense parameter. None:
+                the dtype or the 4-bit format that the weight has.
 
         Raises:
             RuntimeError: already merged.
             ValueError: the merged weight would not be finite.
+            TypeError: another dtype.
         """
         if self.merged:
             raise RuntimeError(f'adapter "{self.active_adapter}" is merged already; call unmerge() first')
-        merged = (self.weight + self.delta_weight()).to(self.weight.dtype)
+        if to not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise TypeError(f"to must be float32, bfloat16, float16, float64 or None, got {to!r}")
+        weight, delta = self.weight, self.delta_weight()
+        requantised = isinstance(weight, NF4Weight) and to is None
+        merged = delta + (weight.dequantize(delta.dtype) if isinstance(weight, NF4Weight) else weight)
+        if not requantised:
+            merged = merged.to(to or weight.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(f'adapter "{self.active_adapter}" gives a merged weight that is not finite; nothing was changed')
-        self.__dict__["unmerged_weight"] = self.weight
-        self.weight = nn.Parameter(merged, requires_grad=False)
+        if isinstance(weight, NF4Weight) and requantised:
+            self.weight, self.merge_error = requantise(weight, merged)
+        else:
+            self.weight = nn.Parameter(merged, requires_grad=False)
+        self.__dict__["unmerged_weight"] = weight
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -225,40 +271,68 @@ class FusedLoraLinear(nn.Module):
         """
         if self.unmerged_weight is None:
             raise RuntimeError("nothing is merged; call merge() first")
+        if isinstance(self.unmerged_weight, NF4Weight):
+            self._parameters.pop("weight", None)
         self.weight = self.unmerged_weight
-        self.unmerged_weight = None
+        self.unmerged_weight = self.merge_error = None
 
     def extra_repr(self) -> str:
-        name = self.active_adapter
+        name, weight = self.active_adapter, self.weight
+        quant = f", quant={weight.quant_type!r}, blocksize={weight.blocksize}" if isinstance(weight, NF4Weight) else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"r={self.r[name]}, lora_alpha={self.lora_alpha[name]}, lora_dropout={self.lora_dropout[name]}"
-            f"{', merged' if self.merged else ''}"
+            f"{quant}{', merged' if self.merged else ''}"
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.fan_in_fan_out:
+        if isinstance(self.weight, NF4Weight):
+            destination.update(self.weight.to_bitsandbytes(prefix))
+        elif self.fan_in_fan_out:
             destination[f"{prefix}weight"] = destination[f"{prefix}weight"].t()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.fan_in_fan_out and f"{prefix}weight" in state_dict:
-            state_dict = {**state_dict, f"{prefix}weight": state_dict[f"{prefix}weight"].t()}
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        key, new = f"{prefix}weight", None
+        if isinstance(self.weight, NF4Weight):
+            state, state_dict = split_state(state_dict, prefix)
+            if state:
+                new = loaded(state, prefix, self.weight, local_metadata.get("assign_to_params_buffers", False))
+            elif strict:
+                missing_keys.append(key)
+        elif self.fan_in_fan_out and key in state_dict:
+            state_dict = {**state_dict, key: state_dict[key].t()}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+        if new is not None:
+            self.weight = new
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles make their own panels.
         return {**self.__dict__, "_panels": None, "_panels_of": None, "_packed_weight": None}
 
 
-def _weight_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _weight_of(linear: nn.Module) -> tuple[Tensor | NF4Weight, Tensor | None]:
     """weight (N, K) and bias of a supported layer. Conv1D, y = x W + b with W (K, N), is known by its `nf`."""
-    weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+    weight: Any = getattr(linear, "weight", None)
+    bias: Any = getattr(linear, "bias", None)
     if isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward:
-        return linear.weight, bias
+        return weight, bias
     if is_conv1d(linear) and isinstance(weight, nn.Parameter):
         return nn.Parameter(weight.data.t(), requires_grad=False), bias
-    raise TypeError(f"linear must be an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
+    if is_linear4bit(linear):
+        return NF4Weight.from_params4bit(weight), bias
+    raise TypeError(
+        "linear must be an nn.Linear, a transformers Conv1D or a bitsandbytes Linear4bit that is quantised, "
+        f"got {type(linear).__name__}"
+    )
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -23,10 +23,56 @@ def check_format(shape: Any, dtype: Any, blocksize: Any, quant_type: Any) -> Non
         raise ValueError(f"shape of a 4-bit weight must be (N, K) with N, K >= 1, got {shape!r}")
     if dtype not in tuple(DTYPES):
         raise TypeError(f"dtype of a weight to quantise must be float32, bfloat16 or float16, got {dtype!r}")
+    check_code(blocksize, quant_type)
+
+
+def check_code(blocksize: Any, quant_type: Any) -> None:
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {blocksize!r}")
     if quant_type not in tuple(QUANT_TYPES):
         raise ValueError(f'quant_type must be "nf4" or "fp4", got {quant_type!r}')
+
+
+def row_bytes(K: int) -> int:
+    """Of one row's codes: csrc/nf4.h's function, for those who trace Python."""
+    rest = K % _CHUNK
+    return K // _CHUNK * 64 + (0 if rest == 0 else 32 if rest <= _CHUNK // 2 else 64)
+
+
+def check_tensors(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    shape: tuple[int, int],
+    blocksize: int,
+) -> None:
+    """Raises ValueError or TypeError naming the tensor of a 4-bit weight (N, K) that does not fit, but for its numbers."""
+    N, K = shape
+    blocks = -(-N * K // blocksize)
+    double_quant = nested_absmax is not None
+    if (nested_code is not None) != double_quant or (offset is not None) != double_quant:
+        raise ValueError("nested_absmax, nested_code and offset go together: all of them, or None for each")
+    groups = -(-blocks // reference.NESTED_BLOCKSIZE)
+    for name, t, dtype, expected in (
+        ("codes", codes, torch.uint8, (N, row_bytes(K))),
+        ("absmax", absmax, torch.uint8 if double_quant else torch.float32, (blocks,)),
+        ("nested_absmax", nested_absmax, torch.float32, (groups,)),
+        ("nested_code", nested_code, torch.float32, (256,)),
+        ("offset", offset, torch.float32, ()),
+    ):
+        if t is None:
+            continue
+        if t.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {t.dtype}")
+        if t.shape != expected:
+            of = f"a weight {shape} in blocks of {blocksize}"
+            raise ValueError(f"{name} of {of} must have shape {expected}, got {tuple(t.shape)}")
+        if t.device != codes.device:
+            raise ValueError(f"{name} must be on codes' device {codes.device}, got {t.device}")
+        if not t.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")
 
 
 def pack_codes(codes: Tensor, quant_type: str) -> Tensor:
@@ -77,7 +123,7 @@ def quantize(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, T
         flat, absmax = reference.quantize_4bit(weight, blocksize, quant_type)
         return pack_codes(flat.view(N, K), quant_type), absmax
     weight = weight.contiguous()
-    codes = weight.new_empty((N, _C.row_bytes(K)), dtype=torch.uint8)
+    codes = weight.new_empty((N, row_bytes(K)), dtype=torch.uint8)
     absmax = weight.new_empty(-(-N * K // blocksize), dtype=torch.float32)
     bad = _C.quantize_4bit(
         N, K, QUANT_TYPES[quant_type], blocksize, codes.data_ptr(), absmax.data_ptr(), weight.data_ptr(),
@@ -129,6 +175,6 @@ def from_bitsandbytes(packed: Tensor, shape: tuple[int, int], quant_type: str) -
     if not has_kernel(packed):
         flat = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[: N * K]
         return pack_codes(flat.view(N, K), quant_type)
-    codes = packed.new_empty((N, _C.row_bytes(K)))
+    codes = packed.new_empty((N, row_bytes(K)))
     _C.from_bitsandbytes(N, K, QUANT_TYPES[quant_type], codes.data_ptr(), packed.data_ptr(), torch.get_num_threads())
     return codes

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C, reference
+from .. import reference
 from . import exchange, layout
 
 
@@ -48,30 +48,12 @@ class NF4Weight:
 
     def __post_init__(self) -> None:
         layout.check_format(self.shape, self.dtype, self.blocksize, self.quant_type)
-        N, K = self.shape
-        blocks = -(-N * K // self.blocksize)
-        nested = (self.nested_absmax, self.nested_code, self.offset)
-        double_quant = self.nested_absmax is not None
-        if any((t is not None) != double_quant for t in nested):
-            raise ValueError("nested_absmax, nested_code and offset go together: all of them, or None for each")
-        self._check_tensor("codes", self.codes, torch.uint8, (N, _C.row_bytes(K)))
-        self._check_tensor("absmax", self.absmax, torch.uint8 if double_quant else torch.float32, (blocks,))
-        if self.nested_absmax is not None and self.nested_code is not None and self.offset is not None:
-            groups = -(-blocks // reference.NESTED_BLOCKSIZE)
-            self._check_tensor("nested_absmax", self.nested_absmax, torch.float32, (groups,))
-            self._check_tensor("nested_code", self.nested_code, torch.float32, (256,))
-            self._check_tensor("offset", self.offset, torch.float32, ())
-
-    def _check_tensor(self, name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        if t.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype}, got {t.dtype}")
-        if tuple(t.shape) != shape:
-            of = f"a weight {self.shape} in blocks of {self.blocksize}"
-            raise ValueError(f"{name} of {of} must have shape {shape}, got {tuple(t.shape)}")
-        if t.device != self.codes.device:
-            raise ValueError(f"{name} must be on codes' device {self.codes.device}, got {t.device}")
-        if dtype == torch.float32 and not t.is_meta and not torch.isfinite(t).all():
-            raise ValueError(f"{name} must be finite, got {t[~torch.isfinite(t)][0].item()}")
+        layout.check_tensors(
+            self.codes, self.absmax, self.nested_absmax, self.nested_code, self.offset, self.shape, self.blocksize
+        )
+        for name, t in self._tensors().items():
+            if t.is_floating_point() and not t.is_meta and not torch.isfinite(t).all():
+                raise ValueError(f"{name} must be finite, got {t[~torch.isfinite(t)][0].item()}")
 
     @classmethod
     def from_bitsandbytes(cls, state: Mapping[str, Tensor], prefix: str = "") -> "NF4Weight":
@@ -174,19 +156,20 @@ class NF4Weight:
         """Moved, and with another `dtype`; the tensors' own dtypes stay. `self` stays as it is."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        moved = self._map(lambda t: t.to(device)) if device is not None else self
+        moved = self.apply(lambda t: t.to(device)) if device is not None else self
         return moved if dtype is None else dataclasses.replace(moved, dtype=dtype)
 
     def clone(self) -> "NF4Weight":
         """A copy that shares no memory."""
-        return self._map(torch.clone)
+        return self.apply(torch.clone)
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> "NF4Weight":
+        """A weight of `fn` of every tensor, which may move or copy it."""
+        tensors: dict[str, Any] = {name: fn(t) for name, t in self._tensors().items()}
+        return dataclasses.replace(self, **tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
-
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> "NF4Weight":
-        tensors: dict[str, Any] = {name: fn(t) for name, t in self._tensors().items()}
-        return dataclasses.replace(self, **tensors)
 
     def __repr__(self) -> str:
         return (

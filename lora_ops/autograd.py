@@ -1,0 +1,103 @@
+"""What all operators share: registration with torch, autograd, and when a call may do without the dispatcher."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+library = torch.library.Library("lora_ops", "DEF")
+
+
+def check_frozen(weight: Tensor) -> None:
+    if weight.requires_grad:
+        raise ValueError(
+            "weight requires grad, but W0 is frozen by definition: no gradient of it is ever computed. "
+            "Call weight.requires_grad_(False), or train W0 with torch.nn.functional.linear"
+        )
+
+
+class Operator(NamedTuple):
+    """An operator whose arguments begin with x, the `weight_args` of its weight, lora_A, lora_B, bias."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    weight_args: int
+
+
+class _Lora(torch.autograd.Function):
+    """Below the dispatcher's autograd key: `keyset` says where the call goes on to."""
+
+    @staticmethod
+    def forward(ctx, op, keyset, *args):  # type: ignore[no-untyped-def]
+        n = 1 + op.weight_args
+        x, weight, (lora_A, lora_B, _), (*_, seed, scaling, dropout_p) = args[0], args[1:n], args[n : n + 3], args[n + 3 :]
+        need_x, *_, need_A, need_B, need_bias = ctx.needs_input_grad[2 : n + 5]
+        y, S = _below_autograd(op.forward, keyset, *args)
+        # dA alone needs x, dB alone needs S: a frozen A saves no activation at all.
+        tensors = [t if isinstance(t, Tensor) else None for t in weight]
+        ctx.save_for_backward(x if need_A else None, lora_A, lora_B, S if need_B else None, seed, *tensors)
+        ctx.mark_non_differentiable(S)
+        ctx.set_materialize_grads(False)
+        ctx.plain = [None if isinstance(t, Tensor) else t for t in weight]
+        ctx.op, ctx.scaling, ctx.dropout_p, ctx.need = op, scaling, dropout_p, (need_x, need_A, need_B, need_bias)
+        return y, S
+
+    @staticmethod
+    def backward(ctx, dy, _dS):  # type: ignore[no-untyped-def]
+        if torch.is_grad_enabled():
+            raise RuntimeError("lora_linear is differentiable once: its backward has no derivative (create_graph=True)")
+        by_argument = [None] * len(ctx.needs_input_grad)
+        if dy is None:
+            return tuple(by_argument)
+        x, lora_A, lora_B, S, seed, *tensors = ctx.saved_tensors
+        weight = [plain if t is None else t for t, plain in zip(tensors, ctx.plain, strict=True)]
+        gradients = ctx.op.backward(dy, x, *weight, lora_A, lora_B, S, seed, ctx.scaling, ctx.dropout_p, *ctx.need)
+        n = 3 + ctx.op.weight_args
+        for place, gradient, need in zip((2, n, n + 1, n + 2), gradients, ctx.need, strict=True):
+            by_argument[place] = gradient if need else None
+        return tuple(by_argument)
+
+
+def _below_autograd(op, keyset, *args):  # type: ignore[no-untyped-def]
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def register(name: str, cpu: Callable[..., Any], fallback: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator that `library` defines, without its autograd."""
+    library.impl(name, cpu, "CPU")
+    library.impl(name, fallback, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lora_ops::{name}", fake, lib=library)
+    return getattr(torch.ops.lora_ops, name).default
+
+
+def register_autograd(name: str, op: Operator) -> None:
+    def autograd(keyset, *args):  # type: ignore[no-untyped-def]
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            for t in args[1 : 1 + op.weight_args]:
+                if isinstance(t, Tensor):
+                    check_frozen(t)
+            return _Lora.apply(op, keyset, *args)
+        return _below_autograd(op.forward, keyset, *args)
+
+    library.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def dispatcher_has_no_say(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether the dispatcher would do nothing but call the CPU's kernel: no gradient, no subclass, no mode, no tracer."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        all(type(t) in _PLAIN for t in tensors)
+        and tensors[0].is_cpu  # type: ignore[union-attr]
+        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
+        and torch._C._functorch.maybe_current_level() is None
+        and not torch._C._get_tracing_state()
+        and not torch.autograd._profiler_enabled()
+    )
