@@ -55,24 +55,7 @@ void end() {
   _tile_release();
 }
 
-void split(const Matrix& src, int64_t count, uint16_t* const out[3]) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int here = static_cast<int>(count - i < kLanes ? count - i : kLanes);
-    alignas(64) float wide[kPanel];
-    widen_row(Matrix{src.at(0, i), 0, 1, src.dtype}, here, Mask{}, wide);
-    V::T rest = V::load(wide);
-    for (int p = 0; p < 3; ++p) {
-      alignas(64) uint16_t part[kLanes];
-      V::store_bf16(part, rest);
-      const __m512 taken = V::load_bf16(part);
-      const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_sub_ps(taken, taken), _mm512_setzero_ps(), _CMP_EQ_OQ);
-      rest = _mm512_maskz_sub_ps(finite, rest, taken);
-      std::memcpy(out[p] + i, part, here * sizeof(uint16_t));
-    }
-  }
-}
-
-void pack_left(const Matrix& src, int rows, int64_t k, Mask mask, float* out) {
+void pack_left(const Matrix& src, int rows, int64_t k, Mask, float* out) {
   const int64_t whole = k / 32 * 32, bytes = (k - whole) * 2;
   constexpr int64_t kBlock = 2 * kRegister;
   for (int i = 0; i < (rows <= kTileRows ? kTileRows : 2 * kTileRows); ++i) {
@@ -82,14 +65,11 @@ void pack_left(const Matrix& src, int rows, int64_t k, Mask mask, float* out) {
       continue;
     }
     const char* from = src.at(i, 0);
-    const auto keep = [&](int64_t k0, __m512i v) {
-      _mm512_storeu_si512(to, mask.words ? _mm512_maskz_mov_epi16(mask.bits(i, k0), v) : v);
-    };
-    for (int64_t k0 = 0; k0 < whole; k0 += 32, from += kLine, to += kBlock) keep(k0, _mm512_loadu_si512(from));
+    for (int64_t k0 = 0; k0 < whole; k0 += 32, from += kLine, to += kBlock)
+      V::store(to, V::load(reinterpret_cast<const float*>(from)));
     if (bytes) {
-      alignas(64) char part[kLine] = {};
-      std::memcpy(part, from, bytes);
-      keep(whole, _mm512_load_si512(part));
+      V::store(to, V::zero());
+      std::memcpy(to, from, bytes);
     }
   }
 }
@@ -175,22 +155,19 @@ float multiply_adds_bf16(int64_t iterations) {
   return c[0];
 }
 
-constexpr Arithmetic kBf16 = {2 * kTileRows,
-                              2,
-                              kTileSteps,
-                              {128, 8, 512},
-                              begin,
-                              end,
-                              split,
-                              pack_left,
-                              pack_pairs_transposed<kTileSteps>,
-                              pack_pairs_straight<kTileSteps>,
-                              tile_bf16,
-                              multiply_adds_bf16};
-
 }  // namespace amx
 
-const Kernels kAmx = amx::with_strips(amx::with_pairs(amx::table("amx", amx::kBf16)));
+const Kernels kAmx = amx::with_strips(amx::with_pairs(amx::table("amx", {2 * amx::kTileRows,
+                                                                         2,
+                                                                         amx::kTileSteps,
+                                                                         {128, 8, 512},
+                                                                         amx::begin,
+                                                                         amx::end,
+                                                                         amx::pack_left,
+                                                                         amx::pack_pairs_transposed<amx::kTileSteps>,
+                                                                         amx::pack_pairs_straight<amx::kTileSteps>,
+                                                                         amx::tile_bf16,
+                                                                         amx::multiply_adds_bf16})));
 
 }  // namespace lora_ops
 

@@ -25,22 +25,20 @@ struct Bf16Pairs {
   }
 };
 
-constexpr Arithmetic kBf16 = {V::kRows,
-                              2,
-                              1,
-                              {},
-                              nullptr,
-                              nullptr,
-                              nullptr,
-                              pack_pairs_transposed<1>,
-                              pack_pairs_transposed<1>,
-                              pack_pairs_straight<1>,
-                              tile<Bf16Pairs>,
-                              multiply_adds<Bf16Pairs>};
-
 }  // namespace avx512_bf16
 
-const Kernels kAvx512Bf16 = avx512_bf16::with_pairs(avx512_bf16::table("avx512_bf16", avx512_bf16::kBf16));
+const Kernels kAvx512Bf16 =
+    avx512_bf16::with_pairs(avx512_bf16::table("avx512_bf16", {avx512_bf16::V::kRows,
+                                                               2,
+                                                               1,
+                                                               {},
+                                                               nullptr,
+                                                               nullptr,
+                                                               avx512_bf16::pack_pairs_transposed<1>,
+                                                               avx512_bf16::pack_pairs_transposed<1>,
+                                                               avx512_bf16::pack_pairs_straight<1>,
+                                                               avx512_bf16::tile<avx512_bf16::Bf16Pairs>,
+                                                               avx512_bf16::multiply_adds<avx512_bf16::Bf16Pairs>}));
 
 }  // namespace lora_ops
 

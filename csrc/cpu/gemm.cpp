@@ -1,7 +1,6 @@
 #include "gemm.h"
 
 #include "../nf4.h"
-#include "low_rank.h"
 
 #include <unistd.h>
 
@@ -104,6 +103,22 @@ void pack_kept(const Kernels& k, const Arithmetic& arithmetic, const Matrix& rig
   });
 }
 
+void DownPanels::pack(const Matrix& right, int64_t task) const {
+  const int64_t k0 = task * kChunk;
+  const int vectors = static_cast<int>(ceil_div(r, k.lanes));
+  pack_right(k, k.f32, right, r, 0, vectors, k0, std::min(kChunk, R - k0), Mask{}, data + k0 * k.lanes, R * k.lanes);
+}
+
+void DownPanels::multiply(const float* left, int rows, int64_t j, float* c) const {
+  k.f32.tile(rows, r - j > k.lanes ? 2 : 1, left, data + j * R, R * k.lanes, R, c, false, {});
+}
+
+void UpPanels::pack(const Matrix& right, int64_t task) const {
+  const int64_t p0 = task * kChunk, p1 = std::min(p0 + kChunk, ceil_div(C, k.panel()));
+  pack_right(k, k.f32, right, C, p0 * k.panel(), static_cast<int>(2 * (p1 - p0)), 0, r, Mask{}, data + p0 * r * k.panel(),
+             r * k.lanes);
+}
+
 void Product::plan(int threads) {
   const int64_t count = ceil_div(C, k.panel());
   const int64_t steps = Steps(k, arithmetic, R).count;
@@ -165,14 +180,13 @@ void Product::run(int64_t task, int64_t next, int thread) const {
   const int64_t tile0 = row_split.start(part), tile1 = tile0 + row_split.size(part);
   const int64_t p0 = first_panel(task), p1 = last_panel(task);
   float* results = scratch + thread * scratch_size;
-  if (arithmetic.begin) arithmetic.begin();
   if (!left || R == 0) {
     for (int64_t t = tile0; t < tile1; ++t)
       for (int64_t p = p0; p < p1; ++p) start(t, p, results), finish(t, p, results);
-    if (arithmetic.end) arithmetic.end();
     return;
   }
   const Steps steps(k, arithmetic, R);
+  if (arithmetic.begin) arithmetic.begin();
   const bool one_block = k_block >= R;
   float* packed = scratch + (thread + 1) * scratch_size - packed_size - 16;
   const int64_t left_step = steps.left / steps.count, panels_here = p1 - p0, calls = (tile1 - tile0) * panels_here;

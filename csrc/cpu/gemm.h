@@ -75,6 +75,16 @@ struct Steps {
   static int64_t left_vectors(const Kernels& k, const Arithmetic& arithmetic) { return ceil_div(arithmetic.rows, k.lanes); }
 };
 
+// The low-rank factors are multiplied in fp32, whose tiles may have fewer rows than the product's: body(row, rows) for each of
+// them. None reaches over a vector's end.
+template <class F>
+void each_f32_tile(const Kernels& k, int64_t rows, const F& body) {
+  for (int64_t v = 0; v < rows; v += k.lanes) {
+    const Parts parts(std::min<int64_t>(k.lanes, rows - v), k.f32.rows);
+    for (int64_t i = 0; i < parts.count; ++i) body(v + parts.start(i), static_cast<int>(parts.size(i)));
+  }
+}
+
 inline int64_t mask_words(int64_t cols) {
   return ceil_div(cols, kDropoutGroup) * kDropoutWords;
 }
@@ -115,7 +125,41 @@ inline Matrix from(const Matrix& m, int64_t row, int64_t col) {
   return {m.at(row, col), m.row_stride, m.col_stride, m.dtype};
 }
 
-struct UpPanels;  // low_rank.h
+// A factor of rank r packed for both of its uses as a right operand: reduced over its long side ("down", to r columns) or
+// over r ("up", the tail of a product).
+struct DownPanels {  // right (R, r)
+  const Kernels& k;
+  int64_t R, r;
+  float* data;
+  DownPanels(const Kernels& k_, int64_t R_, int64_t r_, Workspace& w)
+      : k(k_), R(R_), r(r_), data(w.floats(ceil_div(r_, k_.lanes) * R_ * k_.lanes)) {}
+  int64_t tasks() const { return ceil_div(R, kChunk); }
+  void pack(const Matrix& right, int64_t task) const;
+  // c = left · columns [j, j + panel), from a packed fp32 tile
+  void multiply(const float* left, int rows, int64_t j, float* c) const;
+
+  static constexpr int64_t kChunk = 512;
+};
+struct UpPanels {  // right (r, C)
+  const Kernels& k;
+  int64_t r, C;
+  float* data;
+  UpPanels(const Kernels& k_, int64_t r_, int64_t C_, Workspace& w)
+      : k(k_), r(r_), C(C_), data(w.floats(ceil_div(C_, k_.panel()) * r_ * k_.panel())) {}
+  int64_t tasks() const { return ceil_div(C, kChunk * k.panel()); }
+  void pack(const Matrix& right, int64_t task) const;
+  // Floats of the left operand of a tile of up to `rows` rows, [vector of rows][r][lanes], and where its row i begins.
+  int64_t left_size(int rows) const { return ceil_div(rows, k.lanes) * r * k.lanes; }
+  int64_t left_at(int64_t i) const { return i / k.lanes * r * k.lanes + i % k.lanes; }
+  // c = left · columns of a panel
+  void multiply(const float* left, int rows, int64_t panel, float* c) const {
+    each_f32_tile(k, rows, [&](int64_t i, int rows_here) {
+      k.f32.tile(rows_here, 2, left + left_at(i), data + panel * r * k.panel(), r * k.lanes, r, c + i * k.panel(), false, {});
+    });
+  }
+
+  static constexpr int64_t kChunk = 8;
+};
 
 // One block of rows of the product. `run(task, next, thread)` computes a group of columns for a range of the block's tiles.
 struct Product {

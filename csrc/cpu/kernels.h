@@ -58,9 +58,6 @@ struct Arithmetic {
   // What a thread does before and after its tiles, or null.
   void (*begin)();
   void (*end)();
-  // Row src of `count` fp32, bf16 or fp16 numbers as sums of three bf16 ones, the largest first; or null: low-rank factors are
-  // multiplied in fp32 (low_rank.h).
-  void (*split)(const Matrix& src, int64_t count, uint16_t* const out[3]);
   // left: `rows` <= lanes · ceil(this->rows / lanes) rows, contiguous along the reduction
   void (*pack_left)(const Matrix& src, int rows, int64_t k, Mask mask, float* out);
   // out[step][i] = src[i][step]: `rows` <= lanes rows, contiguous along the reduction; beyond them, zero

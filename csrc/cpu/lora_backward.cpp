@@ -5,7 +5,7 @@
 // reduced over the block's rows into dA and dBᵀ (dbias is one more row of dBᵀ: Sᵀ with a row of ones). Each element of
 // every result is summed by one thread in one order: results do not depend on the number of threads.
 #include "dispatch.h"
-#include "low_rank.h"
+#include "gemm.h"
 
 namespace lora_ops {
 namespace {
@@ -76,14 +76,13 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
   const Parts blocks(p.M, block_rows(arithmetic, steps));
   const int threads = useful_threads(p.threads, p.M * p.N * (product_here ? p.K : p.r));
   const bool need_dS = p.dx.data || p.dA.data;
-  const Arithmetic& low = low_rank_arithmetic(k, arithmetic);
-  const bool own_tile = need_dS && &low != &arithmetic;  // dS needs another tile than the product
+  const bool own_tile = need_dS && arithmetic.k_per_step > 1;  // dS needs fp32 elements
   const int64_t words = p.dropout.threshold && need_dS ? mask_words(p.K) : 0;
   const int64_t most_rows = blocks.size(0);
 
   Workspace workspace;
-  const DownPanels b(k, low, p.N, p.r, workspace);
-  const UpPanels a(k, low, p.r, p.K, workspace);
+  const DownPanels b(k, p.N, p.r, workspace);
+  const UpPanels a(k, p.r, p.K, workspace);
   const RowReduction down_grad(k, p.dA.data ? p.r : 0, p.K, workspace);
   const RowReduction up_grad(k, (p.dB.data ? p.r : 0) + (p.dbias.data ? 1 : 0), p.N, workspace);
   const int64_t most_tiles = Parts(most_rows, arithmetic.rows).count;
@@ -92,9 +91,8 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
   float* dS_left = workspace.floats(down_grad.left_size(most_rows));
   float* S_left = workspace.floats(up_grad.left_size(most_rows));
   uint32_t* bits = workspace.words(most_rows * words);
-  const int64_t own_size = std::max(own_tile ? Steps(k, low, p.N).left : 0, kRowBlock * kColumns * k.panel());
+  const int64_t own_size = std::max(own_tile ? p.N * k.lanes : 0, kRowBlock * kColumns * k.panel());
   float* own = workspace.floats(own_size * threads);
-  float* dS_rows = workspace.floats(low.rows * p.r * threads);
   float* scratch = nullptr;  // of the first block: no later one is larger
 
   if (p.M == 0) {  // sums over no rows
@@ -118,18 +116,21 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
       product.scratch = scratch = m == 0 ? workspace.floats(product.scratch_size * threads) : scratch;
     }
 
-    // dS of a tile, which begins at row `first` of the block and `row` of the product's: the tail's left operand and dA's.
-    const auto dS = [&](const float* tile, int64_t first, int64_t row, int rows, float* s, float* tail) {
+    // dS of an fp32 tile, which begins at row `first` of the block: the tail's left operand and dA's.
+    const auto dS = [&](const float* tile, int64_t first, int rows, float* tail) {
       const float scale = p.scaling * p.dropout.keep_scale;
-      b.multiply(tile, rows, s);
-      for (int i = 0; i < rows; ++i, s += p.r) {
-        for (int64_t j = 0; j < p.r; ++j) s[j] *= scale;
-        a.set_left(tail, row + i, s);
-        for (int64_t l = 0; p.dA.data && l < down_grad.tiles.count; ++l) {
-          const int64_t j0 = down_grad.tiles.start(l);
-          std::copy_n(s + j0, down_grad.tiles.size(l), dS_left + down_grad.left_at(l, first + row + i, rows_here));
-        }
+      alignas(64) float c[kMaxTile];
+      for (int64_t j0 = 0; j0 < p.r; j0 += k.panel()) {
+        b.multiply(tile, rows, j0, c);
+        for (int64_t j = j0; j < std::min(p.r, j0 + k.panel()); ++j)
+          for (int i = 0; i < rows; ++i) tail[j * k.lanes + i] = scale * c[i * k.panel() + j - j0];
       }
+      if (!p.dA.data) return;
+      for (int64_t l = 0; l < down_grad.tiles.count; ++l)
+        for (int i = 0; i < rows; ++i)
+          for (int64_t j = 0; j < down_grad.tiles.size(l); ++j) {
+            dS_left[down_grad.left_at(l, first + i, rows_here) + j] = tail[(down_grad.tiles.start(l) + j) * k.lanes + i];
+          }
     };
     const auto S = [&](int64_t t) {
       for (int64_t l = 0; l < up_grad.tiles.count; ++l)
@@ -150,12 +151,12 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
       if (!need_dS) return;
       float* tile = left + t * steps.left;
       pack_left(k, arithmetic, p.dy, p.M, row0 + first, p.N, Mask{}, tile);
-      each_low_tile(k, low, rows, [&](int64_t row, int rows_there) {
+      each_f32_tile(k, rows, [&](int64_t i, int rows_there) {
         if (own_tile) {
           tile = own + thread * own_size;
-          pack_left(k, low, p.dy, p.M, row0 + first + row, p.N, Mask{}, tile);
+          pack_left(k, k.f32, p.dy, p.M, row0 + first + i, p.N, Mask{}, tile);
         }
-        dS(tile, first, row, rows_there, dS_rows + thread * low.rows * p.r, tail_left + t * a.left_size(arithmetic.rows));
+        dS(tile, first + i, rows_there, tail_left + t * a.left_size(arithmetic.rows) + a.left_at(i));
       });
     };
 

@@ -7,7 +7,7 @@
 // With few rows a packed weight would be used too rarely to pay for its packing: its rows are read where they lie, or decoded
 // in strips (strip.h).
 #include "dispatch.h"
-#include "low_rank.h"
+#include "gemm.h"
 #include "strip.h"
 
 #include <optional>
@@ -27,6 +27,21 @@ bool few_rows(const LoraForward& p, const Kernels& k) {
   return p.weight.data && p.weight.col_stride == 1 && p.M <= (p.panels ? kFewRowsPacked : kFewRows);
 }
 
+// S of a tile's rows from its packed fp32 elements: stored as it is, and times `scaling` as the tail's left operand.
+void down(const Kernels& k, const DownPanels& a, const float* tile, int rows, float keep_scale, float scaling, float* S,
+          float* tail_left) {
+  alignas(64) float c[kMaxTile];
+  for (int64_t j0 = 0; j0 < a.r; j0 += k.panel()) {
+    a.multiply(tile, rows, j0, c);
+    for (int64_t j = j0; j < std::min(a.r, j0 + k.panel()); ++j)
+      for (int i = 0; i < rows; ++i) {
+        const float s = c[i * k.panel() + j - j0] * keep_scale;
+        S[i * a.r + j] = s;
+        tail_left[j * k.lanes + i] = scaling * s;
+      }
+  }
+}
+
 void forward_blocks(const LoraForward& p, const Kernels& k) {
   const bool product_here = p.weight.data || p.quantized.codes;
   const Arithmetic& arithmetic =
@@ -35,15 +50,12 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
   const Parts blocks(p.M, block_rows(arithmetic, steps));
   const int threads = useful_threads(p.threads, p.M * p.K * (product_here ? p.N : p.r));
   const int64_t words = mask_words(p.K);
-  const Arithmetic& low = low_rank_arithmetic(k, arithmetic);
-  const bool own_tile = p.dropout.threshold || &low != &arithmetic;  // S needs another tile than the product
-  const Steps own_steps(k, low, p.K);
-  const int64_t own_rows = Steps::left_vectors(k, low) * k.lanes;
-  const int64_t own_size = low.rows * p.r + (own_tile ? own_steps.left + words * own_rows : 0);
+  const bool own_tile = p.dropout.threshold || arithmetic.k_per_step > 1;  // S needs another tile than the product
+  const int64_t own_size = own_tile ? p.K * k.lanes + words * k.lanes : 0;
 
   Workspace workspace;
-  const DownPanels a(k, low, p.K, p.r, workspace);
-  const UpPanels b(k, low, p.r, p.N, workspace);
+  const DownPanels a(k, p.K, p.r, workspace);
+  const UpPanels b(k, p.r, p.N, workspace);
   const int64_t most_tiles = Parts(blocks.size(0), arithmetic.rows).count;
   float* left = workspace.floats(most_tiles * steps.left);
   float* tail_left = workspace.floats(most_tiles * b.left_size(arithmetic.rows));
@@ -70,29 +82,20 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
       const int64_t row = blocks.start(m) + product.tiles.start(t);
       float* tile = left + t * steps.left;
       if (product.left || !own_tile) pack_left(k, arithmetic, p.x, p.M, row, p.K, Mask{}, tile);
-      float* S = own + thread * own_size;
-      each_low_tile(k, low, rows, [&](int64_t first, int rows_here) {
+      each_f32_tile(k, rows, [&](int64_t first, int rows_here) {
         if (own_tile) {
-          tile = S + low.rows * p.r;
+          tile = own + thread * own_size;
           Mask mask;
           if (p.dropout.threshold) {
-            uint32_t* bits = reinterpret_cast<uint32_t*>(tile + own_steps.left);
-            const int64_t drawn = std::min(own_rows, p.M - row - first);  // as many as pack_left takes
+            uint32_t* bits = reinterpret_cast<uint32_t*>(tile + p.K * k.lanes);
+            const int64_t drawn = std::min<int64_t>(k.lanes, p.M - row - first);  // as many as pack_left takes
             for (int i = 0; i < drawn; ++i) k.dropout_mask(p.dropout, row + first + i, p.K, bits + i * words);
             mask = Mask{bits, words};
           }
-          pack_left(k, low, p.x, p.M, row + first, p.K, mask, tile);
+          pack_left(k, k.f32, p.x, p.M, row + first, p.K, mask, tile);
         }
-        a.multiply(tile, rows_here, S);
-        for (int i = 0; i < rows_here; ++i) {
-          float* s = S + i * p.r;
-          for (int64_t j = 0; j < p.r; ++j) {
-            s[j] *= p.dropout.keep_scale;
-            p.S[(row + first + i) * p.r + j] = s[j];
-            s[j] *= p.scaling;
-          }
-          b.set_left(tail_left + t * b.left_size(arithmetic.rows), first + i, s);
-        }
+        down(k, a, tile, rows_here, p.dropout.keep_scale, p.scaling, p.S + (row + first) * p.r,
+             tail_left + t * b.left_size(arithmetic.rows) + b.left_at(first));
       });
     };
 
@@ -117,7 +120,7 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
   const Parts tiles(p.M, std::min({kDotRows, k.f32.rows, k.lanes}));
 
   Workspace workspace;
-  const UpPanels b(k, k.f32, p.r, p.N, workspace);
+  const UpPanels b(k, p.r, p.N, workspace);
   float* left = workspace.floats((p.M + kDotRows) * stride);  // rows that `dot` rounds up to are read, not used
   float* dropped = same ? left : workspace.floats((p.M + kDotRows) * stride);
   uint32_t* bits = workspace.words(p.M * words);

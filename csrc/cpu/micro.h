@@ -393,8 +393,7 @@ inline float read_all(const float* p, int64_t count) {
 #include "four_bit.h"
 
 constexpr Arithmetic kF32 = {
-    V::kRows,          1, 1, {}, nullptr, nullptr, nullptr, pack_transposed, pack_transposed, pack_straight, tile<F32>,
-    multiply_adds<F32>};
+    V::kRows, 1, 1, {}, nullptr, nullptr, pack_transposed, pack_transposed, pack_straight, tile<F32>, multiply_adds<F32>};
 
 constexpr Kernels table(const char* name, Arithmetic bf16) {
   return {name,   kLanes,     kF32,      bf16,      dot,          dot_order, dot_codes, dot_order_codes,
