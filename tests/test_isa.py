@@ -37,7 +37,9 @@ def test_operator_on(isa):
 
 
 def test_operator_with_the_base_product_in_torch():
-    run_suite(LORA_OPS_CPU_BASE="torch")
+    """Without AMX in oneDNN: its bf16 product there reads behind the rows of a matrix of odd width and multiplies what it finds
+    by zero, so that a NaN behind x is one in y (https://github.com/uxlfoundation/oneDNN/issues/5717)."""
+    run_suite(LORA_OPS_CPU_BASE="torch", ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
 
 
 def test_every_machine_runs_the_generic_kernels():
