@@ -14,7 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-X86_ONLY = {"avx2.cpp", "avx512.cpp", "avx512_bf16.cpp"}
+X86_ONLY = {"avx2.cpp", "avx512.cpp", "avx512_bf16.cpp", "amx.cpp"}
 
 
 def sources() -> list[Path]:
