@@ -35,8 +35,8 @@ inline __attribute__((always_inline)) void decode_chunk(const uint8_t* chunk, in
   for (int j = 0; j < kGroups; ++j) {
     if (j >= groups) return;
     if (j * kGroup % kUnit == 0) {
-      const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_mul_ps(values, _mm512_set1_ps(scale[j * kGroup / kUnit])));
-      table = _mm512_broadcast_i64x4(reinterpret_cast<const __m256i&>(rounded));
+      const __m512 scaled = _mm512_mul_ps(values, _mm512_set1_ps(scale[j * kGroup / kUnit]));
+      table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scaled, scaled));
     }
     _mm512_store_si512(out + j * kGroupStride, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * j), table));
   }

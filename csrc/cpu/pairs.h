@@ -67,8 +67,8 @@ inline void decode_pairs(const QuantizedWeight& w, int64_t row, int64_t k0, int6
       if (i >= k) break;
       if (const int64_t b = (at + i) >> shift; b != block) {
         block = b;
-        const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_mul_ps(values, _mm512_set1_ps(scale[b - first])));
-        table = _mm512_broadcast_i64x4(reinterpret_cast<const __m256i&>(rounded));
+        const __m512 scaled = _mm512_mul_ps(values, _mm512_set1_ps(scale[b - first]));
+        table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scaled, scaled));
       }
       _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * j), table));
     }
