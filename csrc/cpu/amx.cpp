@@ -125,10 +125,6 @@ void tile_bf16(int rows, int vectors, const float* left, const float* panel, int
 
 #include "amx_strip.h"
 
-int64_t strip_scratch(int64_t K) {
-  return 2 * kChunkOut + kStripRows * (K / kGroup + kLanes) * 4 + kLine;
-}
-
 constexpr Kernels with_strips(Kernels kernels) {
   kernels.strip = strip;
   kernels.strip_scratch = strip_scratch;

@@ -98,10 +98,10 @@ struct Kernels {
   void (*dropout_mask)(const Dropout& dropout, int64_t row, int64_t cols, uint32_t* words);
   float (*read_all)(const float* p, int64_t count);  // reads `count` floats in order: the bench's bandwidth
 
-  // products[panel of M][strip's row][panel] = rows [row, row + rows) of a 4-bit weight, at most a panel's width, times x in
-  // bf16's panels [panel of M][2][vector_stride]; K a multiple of 32. Null where `dot_codes` is as good.
-  void (*strip)(const QuantizedWeight& w, int64_t row, int rows, const float* x_panels, int64_t vector_stride, int64_t M,
-                float* products, char* scratch);
+  // products[panel of M][strip's row][panel] = rows [row, row + rows) of a bf16 or 4-bit weight, at most a panel's width, times
+  // x in bf16's panels [panel of M][2][vector_stride]; K a multiple of 32. Null where `dot` and `dot_codes` are as good.
+  void (*strip)(const Matrix& weight, const QuantizedWeight& quantized, int64_t K, int64_t row, int rows, const float* x_panels,
+                int64_t vector_stride, int64_t M, float* products, char* scratch);
   int64_t (*strip_scratch)(int64_t K);  // bytes
 
   int panel() const { return 2 * lanes; }

@@ -115,7 +115,8 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
   const int threads = useful_threads(p.threads, p.M * p.K * p.N);
   const int64_t stride = ceil_div(p.K, k.panel()) * k.panel();
   const bool codes = p.quantized.codes, in_strips = Strips::fit(p, k);
-  const bool same = !p.dropout.threshold && !codes && (p.lora_A.dtype == DType::bf16) == (p.weight.dtype == DType::bf16);
+  const bool same =
+      !p.dropout.threshold && !codes && !in_strips && (p.lora_A.dtype == DType::bf16) == (p.weight.dtype == DType::bf16);
   const int64_t words = p.dropout.threshold ? mask_words(p.K) : 0;
   const Parts tiles(p.M, std::min({kDotRows, k.f32.rows, k.lanes}));
 

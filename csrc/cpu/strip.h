@@ -1,12 +1,12 @@
-// yᵀ = W0 xᵀ for few rows of x and a 4-bit weight, strip by strip of the weight's rows, where this ISA has a kernel for it
-// (amx_strip.h): x is packed once, and stays in L2.
+// yᵀ = W0 xᵀ for few rows of x and a bf16 or 4-bit weight, strip by strip of the weight's rows, where this ISA has a kernel for
+// it (amx_strip.h): x is packed once, and stays in L2.
 #pragma once
 
 #include "gemm.h"
 
 namespace lora_ops {
 
-constexpr int64_t kStripBytes = 1 << 20;  // of packed x
+constexpr int64_t kStripBytes = 1 << 20;  // of packed x; half as much for a dense weight, whose packing pays sooner
 constexpr int64_t kFewestInStrips = 3;    // rows of x: fewer are faster as dot products (measured)
 
 struct Strips {
@@ -17,8 +17,11 @@ struct Strips {
   float* scratch;   // threads * scratch_size: products, and what the kernel needs
 
   static bool fit(const LoraForward& p, const Kernels& k) {
-    return p.quantized.codes && p.x.dtype == DType::bf16 && k.strip && p.K % 32 == 0 && p.M >= kFewestInStrips &&
-           p.M * p.K * size_of(p.x.dtype) <= kStripBytes;
+    if (p.x.dtype != DType::bf16 || !k.strip || p.K % 32 != 0 || p.M < kFewestInStrips) return false;
+    const int64_t bytes = p.M * p.K * size_of(p.x.dtype);
+    if (p.quantized.codes) return bytes <= kStripBytes;
+    const bool rows = p.weight.data && p.weight.col_stride == 1 && p.weight.dtype == DType::bf16;
+    return rows && (p.panels ? p.M <= k.panel() : bytes <= kStripBytes / 2);
   }
 
   Strips(const Kernels& k_, const LoraForward& p_, int threads, Workspace& w)
@@ -42,7 +45,8 @@ struct Strips {
   // The products of all of x with rows [row, row + rows) of the weight.
   const float* run(int64_t row, int rows, int thread) const {
     float* products = scratch + thread * scratch_size();
-    k.strip(p.quantized, row, rows, x_panels, steps.vector, p.M, products, reinterpret_cast<char*>(products + products_size()));
+    k.strip(p.weight, p.quantized, p.K, row, rows, x_panels, steps.vector, p.M, products,
+            reinterpret_cast<char*>(products + products_size()));
     return products;
   }
 
