@@ -1,9 +1,8 @@
 """NF4Weight: a 4-bit weight with its scales. Its arithmetic is in layout.py, bitsandbytes' format in exchange.py."""
 
-import dataclasses
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,7 +156,12 @@ class NF4Weight:
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         moved = self.apply(lambda t: t.to(device)) if device is not None else self
-        return moved if dtype is None else dataclasses.replace(moved, dtype=dtype)
+        if dtype is None:
+            return moved
+        layout.check_format(self.shape, dtype, self.blocksize, self.quant_type)
+        cast = copy.copy(moved)
+        object.__setattr__(cast, "dtype", dtype)
+        return cast
 
     def clone(self) -> "NF4Weight":
         """A copy that shares no memory."""
@@ -165,8 +169,10 @@ class NF4Weight:
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> "NF4Weight":
         """A weight of `fn` of every tensor, which may move or copy it."""
-        tensors: dict[str, Any] = {name: fn(t) for name, t in self._tensors().items()}
-        return dataclasses.replace(self, **tensors)
+        mapped = copy.copy(self)  # not checked again: `to_empty` has numbers of any kind for a while
+        for name, t in self._tensors().items():
+            object.__setattr__(mapped, name, fn(t))
+        return mapped
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
