@@ -188,21 +188,24 @@ def test_peft_reads_the_adapter(inputs: Path, run: tuple[subprocess.CompletedPro
 
 
 @pytest.mark.parametrize(
-    ("ours", "dropout", "agree"),
+    ("ours", "dropout", "bits", "agree"),
     [
-        ([2.0, 1.015, 1.0], 0.0, False),
-        ([2.0, 1.009, 1.0], 0.0, True),
-        ([2.0, math.nan, 1.0], 0.0, False),
-        ([math.inf, 1.0, 1.0], 0.0, False),
-        ([2.1, 0.95, 1.0], 0.05, True),
-        ([2.1, 1.1, 1.1], 0.05, False),
-        ([2.0, math.nan, 1.0], 0.05, False),
+        ([2.0, 1.015, 1.0], 0.0, None, False),
+        ([2.0, 1.009, 1.0], 0.0, None, True),
+        ([2.0, math.nan, 1.0], 0.0, None, False),
+        ([math.inf, 1.0, 1.0], 0.0, None, False),
+        ([2.0, 1.015, 1.0], 0.0, 4.13, True),
+        ([2.0, 0.975, 1.0], 0.0, 4.13, False),
+        ([2.0, 1.0, math.nan], 0.0, 4.13, False),
+        ([2.1, 0.95, 1.0], 0.05, None, True),
+        ([2.1, 1.1, 1.1], 0.05, None, False),
+        ([2.0, math.nan, 1.0], 0.05, None, False),
     ],
 )
-def test_verdict(ours: list[float], dropout: float, agree: bool) -> None:
+def test_verdict(ours: list[float], dropout: float, bits: float | None, agree: bool) -> None:
     """Without dropout every step counts, with dropout the mean of the last; what is not finite never agrees."""
-    results = {"A": {"losses": [2.0, 1.0, 1.0]}, "B": {"losses": ours}}
-    line, verdict = _report.verdict(results, ("A", "B"), dropout)
+    runs = {"A": {"losses": [2.0, 1.0, 1.0], "bits_per_weight": bits}, "B": {"losses": ours, "bits_per_weight": bits}}
+    line, verdict = _report.verdict(runs, ("A", "B"), dropout)
     assert verdict is agree
     assert ("DISAGREE" in line) is not agree
 
