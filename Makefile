@@ -1,4 +1,4 @@
-# make demo    fine-tune a 135M language model with PEFT and with lora_ops, and compare (ARGS="--steps 20" passes options on)
+# make demo    fine-tune a 135M language model with PEFT and with lora_ops, and compare (ARGS="--quant none" passes options on)
 # make test    the whole test suite              make bench   the benchmarks
 # make lint    ruff, clang-format, mypy          make clean   remove what was built and written, but not .venv's packages
 #

@@ -10,6 +10,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from report import Results
+from report_4bit import Results4Bit
+
+RESULTS = pytest.StashKey[list[Results | Results4Bit]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,13 +22,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def results(request: pytest.FixtureRequest) -> Results:
-    request.config._lora_ops_results = Results()
-    return request.config._lora_ops_results
+    results = Results()
+    request.config.stash.setdefault(RESULTS, []).append(results)
+    return results
+
+
+@pytest.fixture(scope="session")
+def results_4bit(request: pytest.FixtureRequest) -> Results4Bit:
+    results = Results4Bit()
+    request.config.stash.setdefault(RESULTS, []).append(results)
+    return results
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    results = getattr(config, "_lora_ops_results", None)
-    if results is None or not results.rows:
-        return
-    whole = not config.option.keyword and not terminalreporter.stats.get("failed")
-    terminalreporter.write(results.report(Path(config.rootpath), update_readme=whole))
+    whole = not config.option.keyword and not terminalreporter.stats.get("failed") and "::" not in "".join(config.args)
+    for results in config.stash.get(RESULTS, []):
+        if results.rows:
+            terminalreporter.write(results.report(Path(config.rootpath), update_readme=whole))

@@ -11,8 +11,6 @@ from sides import Case
 
 import lora_ops
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-
 
 class Results:
     """One row per case and side, with the bounds of the machine measured beside it."""
@@ -50,17 +48,14 @@ class Results:
     def report(self, root: Path, update_readme: bool) -> str:
         out = root / "bench_out"
         out.mkdir(exist_ok=True)
-        with _written(out / "bench.csv") as temporary, temporary.open("w", newline="") as f:
+        with written(out / "bench.csv") as temporary, temporary.open("w", newline="") as f:
             writer = csv.DictWriter(f, fieldnames=list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
         self._roofline(out)
         table = self._table()
-        readme = root / "README.md"
-        if update_readme and BEGIN in (text := readme.read_text()):
-            head, rest = text.split(BEGIN)
-            with _written(readme) as temporary:
-                temporary.write_text(f"{head}{BEGIN}\n{table}{END}{rest.split(END)[1]}")
+        if update_readme:
+            replace_in_readme(root, "bench", table)
         return f"\n{table}\nwritten: {out / 'bench.csv'}, {out / 'roofline.png'}\n"
 
     def _table(self) -> str:
@@ -119,12 +114,20 @@ class Results:
             ax.legend()
         figure.tight_layout()
         for suffix in ("png", "svg"):
-            with _written(out / f"roofline.{suffix}") as temporary:
+            with written(out / f"roofline.{suffix}") as temporary:
                 figure.savefig(temporary, format=suffix, dpi=120)
         plt.close(figure)
 
 
-class _written:  # noqa: N801  (reads as a verb)
+def replace_in_readme(root: Path, name: str, table: str) -> None:
+    """What lies between the marks <!-- name:begin --> and <!-- name:end -->."""
+    readme, begin, end = root / "README.md", f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, rest = readme.read_text().split(begin)
+    with written(readme) as temporary:
+        temporary.write_text(f"{head}{begin}\n{table}{end}{rest.split(end)[1]}")
+
+
+class written:  # noqa: N801  (reads as a verb)
     """A temporary path that takes the real name once the block has ended well."""
 
     def __init__(self, path: Path) -> None:

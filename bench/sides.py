@@ -35,8 +35,8 @@ class Case:
         return base + low + (base + 2 * low if backward else 0.0)
 
 
-def sides(case: Case, backward: bool) -> dict[str, Callable[[], object]]:
-    """`linear` is the bare frozen layer, without any adapter; `eager` LoRA in four lines of PyTorch; `peft` PEFT's layer."""
+def tensors(case: Case, backward: bool) -> tuple[Tensor, Tensor, nn.Linear, Tensor, Tensor]:
+    """x, dy, the frozen layer, A and B."""
     torch.manual_seed(0)
     K, N, r = case.K, case.N, case.r
     x = torch.randn(case.M, K).to(case.dtype).requires_grad_(backward)
@@ -44,23 +44,13 @@ def sides(case: Case, backward: bool) -> dict[str, Callable[[], object]]:
     base = nn.Linear(K, N, bias=False, dtype=case.dtype).requires_grad_(False)
     A = (torch.randn(r, K) / K**0.5).to(case.adapter_dtype).requires_grad_(backward)
     B = torch.randn(N, r).to(case.adapter_dtype).requires_grad_(backward)
+    return x, dy, base, A, B
 
-    def linear() -> Tensor:
-        return F.linear(x, base.weight)
 
-    def eager() -> Tensor:
-        dropped = F.dropout(x.to(A.dtype), case.dropout, True) if case.dropout else x.to(A.dtype)
-        return (F.linear(x, base.weight) + F.linear(F.linear(dropped, A), B) * SCALING).to(x.dtype)
-
-    peft = _peft_layer(base, case, A, B)
-
-    def fused() -> Tensor:
-        return lora_ops.lora_linear(x, base.weight, A, B, scaling=SCALING, dropout_p=case.dropout, training=True)
-
-    forwards: dict[str, Callable[[], Tensor]] = {"linear": linear, "eager": eager, "peft": lambda: peft(x), "lora_ops": fused}
-    if not backward:
-        panels = lora_ops.pack_weight(base.weight, case.dtype)
-        forwards["lora_ops prepack"] = lambda: lora_ops.lora_linear(x, base.weight, A, B, scaling=SCALING, panels=panels)
+def timed(
+    forwards: dict[str, Callable[[], Tensor]], backward: bool, dy: Tensor, leaves: list[Tensor]
+) -> dict[str, Callable[[], object]]:
+    """What one turn runs: the forward without autograd, or forward and backward from fresh gradients."""
 
     def no_grad(forward: Callable[[], Tensor]) -> Callable[[], object]:
         def run() -> object:
@@ -71,7 +61,6 @@ def sides(case: Case, backward: bool) -> dict[str, Callable[[], object]]:
 
     def step(forward: Callable[[], Tensor]) -> Callable[[], object]:
         def run() -> object:
-            leaves = [t for t in (x, A, B, *peft.parameters()) if t.requires_grad]
             for leaf in leaves:
                 leaf.grad = None
             return forward().backward(dy)
@@ -81,7 +70,30 @@ def sides(case: Case, backward: bool) -> dict[str, Callable[[], object]]:
     return {name: (step if backward else no_grad)(forward) for name, forward in forwards.items()}
 
 
-def _peft_layer(base: nn.Linear, case: Case, A: Tensor, B: Tensor) -> nn.Module:
+def sides(case: Case, backward: bool) -> dict[str, Callable[[], object]]:
+    """`linear` is the bare frozen layer, without any adapter; `eager` LoRA in four lines of PyTorch; `peft` PEFT's layer."""
+    x, dy, base, A, B = tensors(case, backward)
+
+    def linear() -> Tensor:
+        return F.linear(x, base.weight)
+
+    def eager() -> Tensor:
+        dropped = F.dropout(x.to(A.dtype), case.dropout, True) if case.dropout else x.to(A.dtype)
+        return (F.linear(x, base.weight) + F.linear(F.linear(dropped, A), B) * SCALING).to(x.dtype)
+
+    peft = peft_layer(base, case, A, B)
+
+    def fused() -> Tensor:
+        return lora_ops.lora_linear(x, base.weight, A, B, scaling=SCALING, dropout_p=case.dropout, training=True)
+
+    forwards: dict[str, Callable[[], Tensor]] = {"linear": linear, "eager": eager, "peft": lambda: peft(x), "lora_ops": fused}
+    if not backward:
+        panels = lora_ops.pack_weight(base.weight, case.dtype)
+        forwards["lora_ops prepack"] = lambda: lora_ops.lora_linear(x, base.weight, A, B, scaling=SCALING, panels=panels)
+    return timed(forwards, backward, dy, [t for t in (x, A, B, *peft.parameters()) if t.requires_grad])
+
+
+def peft_layer(base: nn.Linear, case: Case, A: Tensor, B: Tensor) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(

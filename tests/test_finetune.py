@@ -22,9 +22,29 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import _report  # noqa: E402
+import _run  # noqa: E402
 import finetune  # noqa: E402
 
 STEPS, LENGTH = 3, 32
+OPTIONS = ["--steps", STEPS, "--length", LENGTH, "--r", 4, "--lr", 0.01, "--threads", 1]
+
+
+def tiny_llama(intermediate_size: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            # At the default scale of 0.02 the layers hardly change what the embeddings say.
+            torch.nn.init.normal_(layer.weight, std=0.2)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -41,61 +61,65 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator([], trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = LlamaForCausalLM(config)
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear):
-            # At the default scale of 0.02 the layers hardly change what the embeddings say.
-            torch.nn.init.normal_(layer.weight, std=0.2)
-    model.save_pretrained(root / "model")
+    tiny_llama(128).save_pretrained(root / "model")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(root / "model")
     return root
 
 
-def fine_tune(inputs: Path, out: Path, dtype: str) -> subprocess.CompletedProcess[str]:
+def fine_tune(inputs: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, EXAMPLES / "finetune.py", "--model", inputs / "model", "--text", inputs / "text.txt"]
-    command += ["--out", out, "--dtype", dtype]
-    command += ["--steps", STEPS, "--length", LENGTH, "--r", 4, "--lr", 0.01, "--threads", 1]
+    command += ["--out", out, *OPTIONS, *options]
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def run(inputs: Path) -> tuple[subprocess.CompletedProcess[str], Path]:
     """The finished script and its output directory."""
-    return fine_tune(inputs, inputs / "out", "float32"), inputs / "out"
+    return fine_tune(inputs, inputs / "out", "--dtype", "float32"), inputs / "out"
 
 
 def test_the_script_ends_well(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
-    """Exit status 0, a verdict, and every file that the script promises."""
+    """Exit status 0, a verdict per pair, and every file that the script promises."""
     done, out = run
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("VERDICT: PEFT and lora_ops agree")
+    dense, quant = done.stdout.splitlines()[-2:]
+    assert dense.startswith("VERDICT: PEFT and lora_ops agree")
+    assert quant.startswith("VERDICT: PEFT + bitsandbytes and lora_ops NF4 agree")
     assert sorted(p.name for p in out.iterdir()) == ["adapter", "loss.png", "loss.svg", "results.json"]
     assert sorted(p.name for p in (out / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (out / "loss.svg").read_text()
 
 
-def both_sides(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    results = json.loads((out / "results.json").read_text())
-    assert list(results) == ["PEFT", "lora_ops", "frozen"]
-    return results["PEFT"], results["lora_ops"]
+def results_of(out: Path) -> dict[str, dict[str, Any]]:
+    return json.loads((out / "results.json").read_text())
 
 
-def test_both_sides_train(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
-    """A figure for every step, and a held-out loss that falls."""
-    for side in both_sides(run[1]):
+def test_all_runs_train(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    """A figure for every step, and a held-out loss that falls; the frozen model's does not exist."""
+    results = results_of(run[1])
+    assert list(results) == ["PEFT", "lora_ops", "PEFT + bitsandbytes", "lora_ops NF4", "frozen"]
+    for name, side in results.items():
         assert len(side["losses"]) == len(side["seconds"]) == STEPS
-        assert side["held_out_after"] < side["held_out_before"] - 0.01
-        assert side["peak_mib"] > 0
+        assert side["decoded_tokens_per_s"] > 0
+        if name != "frozen":
+            assert side["held_out_after"] < side["held_out_before"] - 0.01
+            assert side["peak_mib"] > 0
+
+
+def test_4_bit_runs_are_in_4_bits(run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    """Both in the same: before training they lose what the other loses, and not what the dense model loses."""
+    results = results_of(run[1])
+    theirs, ours, dense = (results[name] for name in ("PEFT + bitsandbytes", "lora_ops NF4", "lora_ops"))
+    assert ours["held_out_before"] == pytest.approx(theirs["held_out_before"], rel=1e-5)
+    assert ours["held_out_before"] != pytest.approx(dense["held_out_before"], rel=1e-3)
+    layers, weights = 2 * 7, 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
+    for side, code in ((theirs, 16 * 4), (ours, 0)):
+        # Codes and scales; per layer their one scale, their offset, and the tables: bitsandbytes keeps that of the codes too.
+        nbytes = weights / 2 + weights / 64 + layers * (4 + 4 + 256 * 4 + code)
+        assert side["bits_per_weight"] == pytest.approx(8 * nbytes / weights)
+        assert dense["weights_mib"] - side["weights_mib"] == pytest.approx((4 * weights - nbytes) / 2**20)
+    assert dense["bits_per_weight"] is None
 
 
 def test_both_sides_train_alike(inputs: Path, tmp_path: Path) -> None:
@@ -103,14 +127,41 @@ def test_both_sides_train_alike(inputs: Path, tmp_path: Path) -> None:
 
     In float32 AdamW makes a whole step of a gradient that is nothing but rounding, so that chance decides how far two
     runs part; what the kernels' rounding costs a model is measured in test_injected_models.py. transformers computes the
-    loss itself in float32: its unit in the last place is the bound.
+    loss itself in float32: its unit in the last place is the bound. There is no 4-bit run in float64.
     """
-    done = fine_tune(inputs, tmp_path, "float64")
+    done = fine_tune(inputs, tmp_path, "--dtype", "float64", "--quant", "none")
     assert done.returncode == 0, done.stderr
+    results = results_of(tmp_path)
+    assert list(results) == ["PEFT", "lora_ops", "frozen"]
     expected, actual = (
-        np.array([*side["losses"], side["held_out_before"], side["held_out_after"]]) for side in both_sides(tmp_path)
+        np.array([*side["losses"], side["held_out_before"], side["held_out_after"]])
+        for side in (results["PEFT"], results["lora_ops"])
     )
     assert (np.abs(actual - expected) <= np.spacing(np.float32(expected))).all(), actual - expected
+
+
+def test_held_out_losses_leave_bitsandbytes_fit_to_train(inputs: Path) -> None:
+    """A forward pass in eval mode would repack its weights, and gradients would stop there."""
+    options = finetune.parse([str(word) for word in OPTIONS])
+    run = _run.Run("PEFT + bitsandbytes", str(inputs / "model"), options)
+    ids = np.arange(2 * LENGTH).reshape(2, LENGTH)
+
+    def gradients() -> list[torch.Tensor]:
+        tokens = torch.from_numpy(ids)
+        loss = run.model.train()(input_ids=tokens, labels=tokens).loss
+        return list(torch.autograd.grad(loss, [p for p in run.model.parameters() if p.requires_grad]))
+
+    before = gradients()
+    run.held_out(ids)
+    assert any(g.abs().max() > 0 for g in before)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), before, strict=True))
+
+
+def test_rows_that_bitsandbytes_gets_wrong(tmp_path: Path) -> None:
+    """Are refused, by the layer's name."""
+    tiny_llama(96).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.down_proj has rows of 96 weights"):
+        _run.load_in_4_bits(str(tmp_path), torch.float32)
 
 
 def test_peft_reads_the_adapter(inputs: Path, run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
@@ -137,20 +188,24 @@ def test_peft_reads_the_adapter(inputs: Path, run: tuple[subprocess.CompletedPro
 
 
 @pytest.mark.parametrize(
-    ("ours", "dropout", "agree"),
+    ("ours", "dropout", "bits", "agree"),
     [
-        ([2.0, 1.015, 1.0], 0.0, False),
-        ([2.0, 1.009, 1.0], 0.0, True),
-        ([2.0, math.nan, 1.0], 0.0, False),
-        ([math.inf, 1.0, 1.0], 0.0, False),
-        ([2.1, 0.95, 1.0], 0.05, True),
-        ([2.1, 1.1, 1.1], 0.05, False),
-        ([2.0, math.nan, 1.0], 0.05, False),
+        ([2.0, 1.015, 1.0], 0.0, None, False),
+        ([2.0, 1.009, 1.0], 0.0, None, True),
+        ([2.0, math.nan, 1.0], 0.0, None, False),
+        ([math.inf, 1.0, 1.0], 0.0, None, False),
+        ([2.0, 1.015, 1.0], 0.0, 4.13, True),
+        ([2.0, 0.975, 1.0], 0.0, 4.13, False),
+        ([2.0, 1.0, math.nan], 0.0, 4.13, False),
+        ([2.1, 0.95, 1.0], 0.05, None, True),
+        ([2.1, 1.1, 1.1], 0.05, None, False),
+        ([2.0, math.nan, 1.0], 0.05, None, False),
     ],
 )
-def test_verdict(ours: list[float], dropout: float, agree: bool) -> None:
+def test_verdict(ours: list[float], dropout: float, bits: float | None, agree: bool) -> None:
     """Without dropout every step counts, with dropout the mean of the last; what is not finite never agrees."""
-    line, verdict = _report.verdict([2.0, 1.0, 1.0], ours, dropout)
+    runs = {"A": {"losses": [2.0, 1.0, 1.0], "bits_per_weight": bits}, "B": {"losses": ours, "bits_per_weight": bits}}
+    line, verdict = _report.verdict(runs, ("A", "B"), dropout)
     assert verdict is agree
     assert ("DISAGREE" in line) is not agree
 
@@ -183,6 +238,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--r", "0"], "--r must be at least 1, got 0"),
+        (["--dtype", "float64"], "--dtype must be bfloat16, float32 or float16 with --quant nf4, got float64"),
+        (["--quant", "fp5"], "--quant: invalid choice: 'fp5'"),
         (["--dropout", "1"], "--dropout must be in [0, 1), got 1.0"),
         (["--model", "/nowhere"], "--model must be a directory, got /nowhere"),
     ],
