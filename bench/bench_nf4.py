@@ -2,9 +2,9 @@
 
     pytest bench/bench_nf4.py                one thread; LORA_OPS_BENCH_THREADS=2 for two
 
-Each round times every side, one call or, for few rows, several in a row; a side's figure is the minimum of its calls. Ends with a
-table, bench_out/nf4.csv and bench_out/nf4.{png,svg}; the README's table is rewritten when the whole bench ran. What a weight costs
-that was not read a moment ago, as when a model decodes text: bench_decoding in bench_training_step.py.
+Each round times every side, one call or, for few rows, several in a row; a side's figure is the minimum of its calls. Ends with
+a table, bench_out/nf4.csv and bench_out/nf4.{png,svg}; the README's table is rewritten when the whole bench ran. What a weight
+costs that was not read a moment ago, as when a model decodes text: bench_decoding in bench_training_step.py.
 """
 
 import time
