@@ -15,7 +15,10 @@ INFO = lora_ops.build_info()
 
 
 def run_suite(**variables: str) -> None:
-    """conftest.py asserts that the forced ISA is the one that runs."""
+    """conftest.py asserts that the forced ISA is the one that runs.
+
+    One thread: the cases are small, and what depends on threads says how many.
+    """
     command = [
         sys.executable,
         "-m",
@@ -26,7 +29,8 @@ def run_suite(**variables: str) -> None:
         "no:cacheprovider",
         *(str(HERE / f) for f in FILES),
     ]
-    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, cwd=HERE.parent)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
