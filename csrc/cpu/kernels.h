@@ -81,8 +81,8 @@ struct Kernels {
   // room for `rows` rounded up to a power of two.
   void (*dot)(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c);
   void (*dot_order)(const Matrix& src, int64_t k, Mask mask, DType right, float* out);
-  // The same with rows `row` and on of a 4-bit weight, columns [k0, k0 + k), k0 a multiple of 128, K of 32. `left` is in the
-  // order for bf16, or in pairs where this ISA has none.
+  // The same with rows `row` and on of a 4-bit weight, columns [k0, k0 + k), k0 a multiple of 128, K of 32. `left` is in
+  // the order of `dot_order_codes`: of every 2·lanes neighbours the even ones first.
   void (*dot_codes)(int rows, const float* left, int64_t left_stride, const QuantizedWeight& w, int64_t row, int cols,
                     int64_t k0, int64_t k, float* c);
   void (*dot_order_codes)(const Matrix& src, int64_t k, Mask mask, float* out);
