@@ -98,7 +98,9 @@ def test_merged_layers_draw_no_dropout_and_give_no_gradient_to_the_adapter():
     assert torch.equal(torch.get_rng_state(), before)
     assert layer.lora_A["default"].grad is layer.lora_B["default"].grad is None
     exact = layer.weight.dequantize(torch.float64).sum(0).expand(M, K)
-    torch.testing.assert_close(x.grad.double(), exact, rtol=1e-5, atol=1e-4)
+    eager = torch.ones_like(layer(x)) @ layer.weight.dequantize(x.dtype)
+    measured = error(x.grad, eager, exact)
+    assert measured.within_bound, measured
 
 
 def test_merged_layer_moves_with_both_weights():
