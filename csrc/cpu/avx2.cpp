@@ -21,6 +21,8 @@ struct V {
   static constexpr int kCounters = 8;
   static constexpr int kShortestChain = 8;
   static constexpr bool kPairs = true;
+  static constexpr FewRows kFewRows = {8, 4, 8};
+  static constexpr int kFetchedFrom = 1;
 
   static T zero() { return _mm256_setzero_ps(); }
   static T load(const float* p) { return _mm256_loadu_ps(p); }

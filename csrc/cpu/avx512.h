@@ -8,6 +8,8 @@ struct V {
   static constexpr int kCounters = 16;
   static constexpr int kShortestChain = 8;
   static constexpr bool kPairs = true;
+  static constexpr FewRows kFewRows = {40, 12, 8};
+  static constexpr int kFetchedFrom = 8;
 
   static T zero() { return _mm512_setzero_ps(); }
   static T load(const float* p) { return _mm512_loadu_ps(p); }

@@ -18,6 +18,8 @@ struct V {
   static constexpr int kCounters = 1;
   static constexpr int kShortestChain = 1 << 20;
   static constexpr bool kPairs = false;
+  static constexpr FewRows kFewRows = {8, 4, 8};
+  static constexpr int kFetchedFrom = 8;
 
   static T zero() { return T{}; }
   static T load(const float* p) {

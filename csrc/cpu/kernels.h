@@ -71,9 +71,15 @@ struct Arithmetic {
   float (*multiply_adds)(int64_t iterations);
 };
 
+// Most rows of x for which rows of the weight are dot products: for more, packing it pays (crossovers measured).
+struct FewRows {
+  int dense, panels, codes;  // a weight as it is, in kept panels, in 4 bits
+};
+
 struct Kernels {
   const char* name;
   int lanes;  // fp32 lanes of a vector
+  FewRows few_rows;
   Arithmetic f32;
   Arithmetic bf16;  // tile null: this ISA has no bf16 product, f32 serves
   // c[i][j] += Σ_k left[i][k] · right[j][k] for `rows` <= kDotRows and `cols` <= 2·lanes, straight from the right operand's

@@ -15,16 +15,12 @@
 namespace lora_ops {
 namespace {
 
-constexpr int64_t kFewRows = 40;        // up to here rows of W0 are dot products (crossover measured: 32 to 48)
-constexpr int64_t kFewRowsPacked = 12;  // the same when panels are kept
-constexpr int64_t kDotBlock = 1024;     // reduction block: kDotRows rows of x stay in L1
-
-constexpr int64_t kFewRowsCodes = 8;  // the same for a 4-bit weight, decoded anew for every kDotRows rows
+constexpr int64_t kDotBlock = 1024;  // reduction block: kDotRows rows of x stay in L1
 
 bool few_rows(const LoraForward& p, const Kernels& k) {
   if (Strips::fit(p, k)) return true;
-  if (p.quantized.codes) return p.M <= kFewRowsCodes && p.K % 32 == 0;
-  return p.weight.data && p.weight.col_stride == 1 && p.M <= (p.panels ? kFewRowsPacked : kFewRows);
+  if (p.quantized.codes) return p.M <= k.few_rows.codes && p.K % 32 == 0;
+  return p.weight.data && p.weight.col_stride == 1 && p.M <= (p.panels ? k.few_rows.panels : k.few_rows.dense);
 }
 
 // S of a tile's rows from its packed fp32 elements: stored as it is, and times `scaling` as the tail's left operand.
@@ -118,7 +114,7 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
   const bool same =
       !p.dropout.threshold && !codes && !in_strips && (p.lora_A.dtype == DType::bf16) == (p.weight.dtype == DType::bf16);
   const int64_t words = p.dropout.threshold ? mask_words(p.K) : 0;
-  const Parts tiles(p.M, std::min({kDotRows, k.f32.rows, k.lanes}));
+  const Parts tiles(p.M, std::min(kDotRows, k.lanes / 2));  // two rows of the weight at a time: each load of x serves both
 
   Workspace workspace;
   const UpPanels b(k, p.r, p.N, workspace);

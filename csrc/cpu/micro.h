@@ -5,6 +5,7 @@
 //                keep (lanes whose bit is set); load_bf16 load_f16 store_bf16 store_f16;
 //                load_transposed (kLanes x kLanes dwords); sums (lane i of the result: all lanes of vector i added up);
 //                kPairs, and if so split (dwords of two bf16 into even and odd elements);
+//                kFewRows, kFetchedFrom (see dot_rows);
 //                U and the dropout generator's integer steps }
 //
 // Tile budget: kRows x 2 accumulators + 2 panel vectors + 1 broadcast fill the register file (14 x 2 + 3 = 31 of 32 with
@@ -222,8 +223,8 @@ void dot_rows(const float* left, int64_t left_stride, const Matrix& right, int64
 #pragma GCC unroll 16
     for (int j = 0; j < kRight; ++j) {
       load_two<kType>(from + j * from_stride, 0, a[j], b[j]);
-      // With few left rows the hardware's own prefetch of kRight streams is best; with more, the next rows' turn comes late.
-      if (kLeft >= 8) __builtin_prefetch(from + (kRight + j) * from_stride, 0, 2);
+      // The rows that come next. Intel's cores fetch kRight streams best by themselves while there are few left rows.
+      if (kLeft >= V::kFetchedFrom) __builtin_prefetch(from + (kRight + j) * from_stride, 0, 2);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kLeft; ++i) {
@@ -396,6 +397,6 @@ constexpr Arithmetic kF32 = {
     V::kRows, 1, 1, {}, nullptr, nullptr, pack_transposed, pack_transposed, pack_straight, tile<F32>, multiply_adds<F32>};
 
 constexpr Kernels table(const char* name, Arithmetic bf16) {
-  return {name,   kLanes,     kF32,      bf16,      dot,          dot_order, dot_codes, dot_order_codes,
-          decode, store_tile, load_tile, mask_tile, dropout_mask, read_all,  nullptr,   nullptr};
+  return {name,   kLanes,     V::kFewRows, kF32,      bf16,         dot,      dot_order, dot_codes, dot_order_codes,
+          decode, store_tile, load_tile,   mask_tile, dropout_mask, read_all, nullptr,   nullptr};
 }
