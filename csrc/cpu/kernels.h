@@ -71,6 +71,13 @@ struct Arithmetic {
   float (*multiply_adds)(int64_t iterations);
 };
 
+// `dot` with rows `row` and on of a 4-bit weight, columns [k0, k0 + k), k0 a multiple of 128, K of 32. `left` is in `order`.
+struct DotCodes {
+  void (*dot)(int rows, const float* left, int64_t left_stride, const QuantizedWeight& w, int64_t row, int cols, int64_t k0,
+              int64_t k, float* c);
+  void (*order)(const Matrix& src, int64_t k, Mask mask, float* out);
+};
+
 // Most rows of x for which rows of the weight are dot products: for more, packing it pays (crossovers measured).
 struct FewRows {
   int dense, panels, codes;  // a weight as it is, in kept panels, in 4 bits
@@ -87,11 +94,8 @@ struct Kernels {
   // room for `rows` rounded up to a power of two.
   void (*dot)(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c);
   void (*dot_order)(const Matrix& src, int64_t k, Mask mask, DType right, float* out);
-  // The same with rows `row` and on of a 4-bit weight, columns [k0, k0 + k), k0 a multiple of 128, K of 32. `left` is in
-  // the order of `dot_order_codes`: of every 2·lanes neighbours the even ones first.
-  void (*dot_codes)(int rows, const float* left, int64_t left_stride, const QuantizedWeight& w, int64_t row, int cols,
-                    int64_t k0, int64_t k, float* c);
-  void (*dot_order_codes)(const Matrix& src, int64_t k, Mask mask, float* out);
+  DotCodes codes;
+  DotCodes codes_bf16;  // for one or two rows of x in bf16, with values rounded to bf16; null: `codes` serves
   // Columns [k0, k0 + k) of a row of a 4-bit weight as fp32 or bf16, k0 a multiple of 128, k <= kMostDecoded: groups of 32,
   // `group_stride` bytes apart, whole ones.
   void (*decode)(const QuantizedWeight& w, int64_t row, int64_t k0, int64_t k, DType to, char* out, int64_t group_stride);
@@ -105,7 +109,7 @@ struct Kernels {
   float (*read_all)(const float* p, int64_t count);  // reads `count` floats in order: the bench's bandwidth
 
   // products[panel of M][strip's row][panel] = rows [row, row + rows) of a bf16 or 4-bit weight, at most a panel's width, times
-  // x in bf16's panels [panel of M][2][vector_stride]; K a multiple of 32. Null where `dot` and `dot_codes` are as good.
+  // x in bf16's panels [panel of M][2][vector_stride]; K a multiple of 32. Null where dot products are as good.
   void (*strip)(const Matrix& weight, const QuantizedWeight& quantized, int64_t K, int64_t row, int rows, const float* x_panels,
                 int64_t vector_stride, int64_t M, float* products, char* scratch);
   int64_t (*strip_scratch)(int64_t K);  // bytes

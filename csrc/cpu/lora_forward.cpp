@@ -113,6 +113,7 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
   const bool codes = p.quantized.codes, in_strips = Strips::fit(p, k);
   const bool same =
       !p.dropout.threshold && !codes && !in_strips && (p.lora_A.dtype == DType::bf16) == (p.weight.dtype == DType::bf16);
+  const DotCodes& dots = p.M <= 2 && p.x.dtype == DType::bf16 && k.codes_bf16.dot ? k.codes_bf16 : k.codes;
   const int64_t words = p.dropout.threshold ? mask_words(p.K) : 0;
   const Parts tiles(p.M, std::min(kDotRows, k.lanes / 2));  // two rows of the weight at a time: each load of x serves both
 
@@ -134,7 +135,7 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
     if (in_strips) {
       // packed below
     } else if (codes) {
-      k.dot_order_codes(row, p.K, mask, left + i * stride);
+      dots.order(row, p.K, mask, left + i * stride);
     } else {
       k.dot_order(row, p.K, mask, p.weight.dtype, left + i * stride);
     }
@@ -171,7 +172,7 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
         const float* x = left + tiles.start(t) * stride + k0;
         const int64_t count = std::min(k_block, p.K - k0);
         if (codes) {
-          k.dot_codes(rows, x, stride, p.quantized, col, cols, k0, count, c);
+          dots.dot(rows, x, stride, p.quantized, col, cols, k0, count, c);
         } else {
           k.dot(rows, x, stride, from(p.weight, col, k0), cols, count, c);
         }
