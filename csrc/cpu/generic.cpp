@@ -4,6 +4,7 @@
 
 #include "../nf4.h"
 #include "../philox.h"
+#include "convert.h"
 #include "kernels.h"
 
 namespace lora_ops {
@@ -41,46 +42,20 @@ struct V {
     return v;
   }
 
-  static float from_bits(uint32_t bits) {
-    float v;
-    std::memcpy(&v, &bits, sizeof v);
+  template <DType kType>
+  static T load_half(const uint16_t* p) {
+    T v;
+    for (int i = 0; i < kLanes; ++i) v[i] = Element<kType>::load(p[i]);
     return v;
   }
-  static uint32_t to_bits(float v) {
-    uint32_t bits;
-    std::memcpy(&bits, &v, sizeof bits);
-    return bits;
+  template <DType kType>
+  static void store_half(uint16_t* p, T v) {
+    for (int i = 0; i < kLanes; ++i) p[i] = Element<kType>::store(static_cast<float>(v[i]));
   }
-  static float from_f16(uint16_t h) {
-    const uint32_t sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
-    if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | rest << 13);            // infinity, NaN
-    return from_bits(sign | to_bits(from_bits(rest << 13) * from_bits(0x77800000u)));  // times 2^112 shifts the exponent's bias
-  }
-  static uint16_t to_f16(float v) {
-    const uint32_t bits = to_bits(v), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
-    if (rest > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
-    if (rest >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds beyond 65504
-    if (rest < 0x38800000u) {                                               // below 2^-14: fp32's adder rounds
-      return static_cast<uint16_t>(sign | (to_bits(from_bits(rest) + 0.5f) - to_bits(0.5f)));
-    }
-    return static_cast<uint16_t>(sign | ((rest - 0x38000000u + 0xfffu + (rest >> 13 & 1u)) >> 13));
-  }
-  static uint16_t to_bf16(float v) {
-    const uint32_t bits = to_bits(v);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
-    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-  }
-
-  static float from_bf16(uint16_t h) { return from_bits(static_cast<uint32_t>(h) << 16); }
-
-  static T load_bf16(const uint16_t* p) { return T{from_bf16(p[0]), from_bf16(p[1]), from_bf16(p[2]), from_bf16(p[3])}; }
-  static T load_f16(const uint16_t* p) { return T{from_f16(p[0]), from_f16(p[1]), from_f16(p[2]), from_f16(p[3])}; }
-  static void store_bf16(uint16_t* p, T v) {
-    for (int i = 0; i < kLanes; ++i) p[i] = to_bf16(static_cast<float>(v[i]));
-  }
-  static void store_f16(uint16_t* p, T v) {
-    for (int i = 0; i < kLanes; ++i) p[i] = to_f16(static_cast<float>(v[i]));
-  }
+  static T load_bf16(const uint16_t* p) { return load_half<DType::bf16>(p); }
+  static T load_f16(const uint16_t* p) { return load_half<DType::f16>(p); }
+  static void store_bf16(uint16_t* p, T v) { store_half<DType::bf16>(p, v); }
+  static void store_f16(uint16_t* p, T v) { store_half<DType::f16>(p, v); }
   static void split(T, T&, T&) {}  // never called: kPairs is false, dwords widened to double are no bit patterns
   static void load_transposed(const char* base, int64_t stride, T out[4]) {
     for (int i = 0; i < kLanes; ++i) {
