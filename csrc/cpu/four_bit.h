@@ -76,8 +76,16 @@ inline void decode(const QuantizedWeight& w, int64_t row, int64_t k0, int64_t k,
                     : decode_as<DType::f32>(w, row, k0, k, out, group_stride);
 }
 
+// Whole chunks: beyond the row, zero.
+template <class Place>
+void ordered_chunks(const Matrix& src, int64_t k, Mask mask, float* out, Place place) {
+  ordered(src, k, mask, out, place);
+  const int64_t written = (k + kPanel - 1) / kPanel * kPanel, end = (k + kChunk - 1) / kChunk * kChunk;
+  std::memset(out + written, 0, (end - written) * sizeof(float));
+}
+
 inline void dot_order_codes(const Matrix& src, int64_t k, Mask mask, float* out) {
-  ordered(src, k, mask, true, out);
+  ordered_chunks(src, k, mask, out, even_first);
 }
 
 // sums[i * kRight + j] += all lanes of left[i] · weight[row + j], for kLeft x kRight = kLanes pairs. kTogether rows of the

@@ -71,7 +71,8 @@ struct Arithmetic {
   float (*multiply_adds)(int64_t iterations);
 };
 
-// `dot` with rows `row` and on of a 4-bit weight, columns [k0, k0 + k), k0 a multiple of 128, K of 32. `left` is in `order`.
+// `dot` with rows `row` and on of a 4-bit weight, columns [k0, k0 + k), k0 a multiple of 128, K of 32. `left` is in `order`,
+// whole chunks of 128.
 struct DotCodes {
   void (*dot)(int rows, const float* left, int64_t left_stride, const QuantizedWeight& w, int64_t row, int cols, int64_t k0,
               int64_t k, float* c);

@@ -6,6 +6,7 @@
 //
 // With few rows a packed weight would be used too rarely to pay for its packing: its rows are read where they lie, or decoded
 // in strips (strip.h).
+#include "../nf4.h"
 #include "dispatch.h"
 #include "gemm.h"
 #include "strip.h"
@@ -109,7 +110,7 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
 
 void forward_few_rows(const LoraForward& p, const Kernels& k) {
   const int threads = useful_threads(p.threads, p.M * p.K * p.N);
-  const int64_t stride = ceil_div(p.K, k.panel()) * k.panel();
+  const int64_t stride = ceil_div(p.K, kChunk) * kChunk;  // a multiple of every panel too
   const bool codes = p.quantized.codes, in_strips = Strips::fit(p, k);
   const bool same =
       !p.dropout.threshold && !codes && !in_strips && (p.lora_A.dtype == DType::bf16) == (p.weight.dtype == DType::bf16);

@@ -192,17 +192,24 @@ void load_two(const void* row, int64_t k, typename V::T& a, typename V::T& b) {
   }
 }
 
-inline void ordered(const Matrix& src, int64_t k, Mask mask, bool split, float* out) {
+// A row widened, of every kPanel neighbours i at place(i).
+template <class Place>
+void ordered(const Matrix& src, int64_t k, Mask mask, float* out, Place place) {
   for (int64_t k0 = 0; k0 < k; k0 += kPanel) {
     const int cols = static_cast<int>(k - k0 < kPanel ? k - k0 : kPanel);
     alignas(64) float v[kPanel];
     widen_row(Matrix{src.at(0, k0), 0, 1, src.dtype}, cols, Mask{mask.words, 0, mask.first + k0}, v);
-    for (int i = 0; i < kPanel; ++i) out[k0 + (split ? i / 2 + i % 2 * kLanes : i)] = v[i];
+    for (int i = 0; i < kPanel; ++i) out[k0 + place(i)] = v[i];
   }
 }
 
+inline int even_first(int i) {
+  return i / 2 + i % 2 * kLanes;
+}
+
 inline void dot_order(const Matrix& src, int64_t k, Mask mask, DType right, float* out) {
-  ordered(src, k, mask, right == DType::bf16 && V::kPairs, out);
+  right == DType::bf16&& V::kPairs ? ordered(src, k, mask, out, even_first)
+                                   : ordered(src, k, mask, out, [](int i) { return i; });
 }
 
 // kLeft x kRight sums, kLanes of them wherever kRight is kLanes / kLeft: then one transposing tree adds up all their lanes.

@@ -11,21 +11,16 @@
 // A chunk's even bytes hold groups 0 and 1 of 32 weights, its odd ones 2 and 3 (nf4.h). A group's products are added up alone
 // and scaled once.
 
-constexpr int kWordsAtOnce = 2 * kLanes;
+constexpr int kWordsAtOnce = kPanel;
 
 // Of every kWordsAtOnce neighbours first those with (i % 8) / 4 = 0: the order in which byte shuffles leave the words.
 inline void dot_order_rounded(const Matrix& src, int64_t k, Mask mask, float* out) {
-  for (int64_t k0 = 0; k0 < k; k0 += kWordsAtOnce) {
-    const int cols = static_cast<int>(k - k0 < kWordsAtOnce ? k - k0 : kWordsAtOnce);
-    alignas(64) float v[kWordsAtOnce];
-    widen_row(Matrix{src.at(0, k0), 0, 1, src.dtype}, cols, Mask{mask.words, 0, mask.first + k0}, v);
-    for (int i = 0; i < kWordsAtOnce; ++i) out[k0 + i % 8 / 4 * kLanes + i / 8 * 4 + i % 4] = v[i];
-  }
+  ordered_chunks(src, k, mask, out, [](int i) { return i % 8 / 4 * kLanes + i / 8 * 4 + i % 4; });
 }
 
 // acc[0][i] + acc[1][i] += x[i] · a chunk of codes; group g's scale is scale[(at + g * kGroup) >> shift]. With kWide
-// neighbouring groups share theirs.
-template <int kLeft, bool kWide>
+// neighbouring groups share theirs. kBytes: 1 where only even bytes hold weights.
+template <int kLeft, bool kWide, int kBytes>
 __attribute__((always_inline)) inline void dot_chunk(const typename V::Planes& planes, const uint8_t* chunk, const float* x,
                                                      int64_t x_stride, const float* scale, uint64_t at, int shift,
                                                      typename V::T (&acc)[2][kLeft]) {
@@ -40,7 +35,7 @@ __attribute__((always_inline)) inline void dot_chunk(const typename V::Planes& p
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h)
 #pragma GCC unroll 2
-        for (int odd = 0; odd < 2; ++odd)
+        for (int odd = 0; odd < kBytes; ++odd)
 #pragma GCC unroll 8
           for (int i = 0; i < kLeft; ++i) {
             const T v = V::load(x + i * x_stride + (2 * odd + nibble) * kGroup + w + h * kLanes);
@@ -49,7 +44,7 @@ __attribute__((always_inline)) inline void dot_chunk(const typename V::Planes& p
           }
     }
 #pragma GCC unroll 2
-    for (int odd = 0; odd < 2 && !(kWide && nibble == 0); ++odd) {
+    for (int odd = 0; odd < kBytes && !(kWide && nibble == 0); ++odd) {
       const T by = V::broadcast(scale + ((at + (2 * odd + nibble) * kGroup) >> shift));
 #pragma GCC unroll 8
       for (int i = 0; i < kLeft; ++i) {
@@ -84,20 +79,22 @@ void dot_rounded_rows(const float* left, int64_t left_stride, const QuantizedWei
       const int64_t blocks = ((flat + count - 1) >> shift) - first + 1;
       float scale[kScaleSpan / kGroup + kGroups + kLanes];
       scales_of(w, first, blocks, scale);
-      for (int g = 0; g < kGroups; ++g) scale[blocks + g] = 0.f;  // a last chunk has groups beyond the row
+      for (int g = 0; g < kGroups; ++g) scale[blocks + g] = 0.f;  // a last chunk has groups beyond the row, where x is zero
       uint64_t at = static_cast<uint64_t>(flat - (first << shift));
       const uint8_t* chunk = codes + ((k0 + s) >> 1);
       const float* x = left + s;
       int64_t c0 = 0;
       for (; c0 + kChunk <= count; c0 += kChunk, at += kChunk, chunk += kChunkBytes, x += kChunk) {
         __builtin_prefetch(chunk + 2 * bytes, 0, 3);  // the rows after this one
-        dot_chunk<kLeft, kWide>(planes, chunk, x, left_stride, scale, at, shift, acc);
+        dot_chunk<kLeft, kWide, 2>(planes, chunk, x, left_stride, scale, at, shift, acc);
       }
       if (c0 == count) continue;
-      uint8_t own[kChunkBytes];
-      alignas(64) float rest[kLeft][kChunk] = {};  // zero beside the codes that are no weights
-      for (int i = 0; i < kLeft; ++i) std::memcpy(rest[i], x + i * left_stride, (count - c0) * sizeof(float));
-      dot_chunk<kLeft, kWide>(planes, chunk_at(codes, k0 + s + c0, w.K, own), rest[0], kChunk, scale, at, shift, acc);
+      if (stored_weights(count - c0) == kChunk) {
+        dot_chunk<kLeft, kWide, 2>(planes, chunk, x, left_stride, scale, at, shift, acc);
+      } else {
+        uint8_t own[kChunkBytes];
+        dot_chunk<kLeft, kWide, 1>(planes, chunk_at(chunk, 0, count - c0, own), x, left_stride, scale, at, shift, acc);
+      }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kLeft; ++i) sums[i * kRight + j] = V::add(acc[0][i], acc[1][i]);
