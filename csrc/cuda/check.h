@@ -17,6 +17,10 @@ inline void check_cuda(cudaError_t error, const char* call, const std::string& s
                            cudaGetErrorString(error) + "), " + shapes);
 }
 
+inline void require(bool condition, const char* name, const char* rule, const std::string& shapes) {
+  if (!condition) throw std::invalid_argument(std::string("lora_ops: ") + name + ": " + rule + ", " + shapes);
+}
+
 inline std::string shape(const char* name, long long size) {
   return std::string(name) + " = " + std::to_string(size);
 }

@@ -12,4 +12,8 @@ struct DeviceDropout {
   float keep_scale = 1.f;          // 1 / (1 - p)
 };
 
+// Which of the kernel's tiles: chosen by shape, or as somebody measured. Operands that are not aligned to 16 bytes take
+// `medium`.
+enum class GemmTile : int { automatic = 0, small = 1, medium = 2, large = 3 };
+
 }  // namespace lora_ops

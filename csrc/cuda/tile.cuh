@@ -159,6 +159,11 @@ __device__ __forceinline__ void store_shared(uint32_t shared, uint32_t v) {
 __device__ __forceinline__ void store_shared(uint32_t shared, uint16_t v) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared), "h"(v) : "memory");
 }
+__device__ __forceinline__ uint32_t load_shared4(uint32_t shared) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared) : "memory");
+  return v;
+}
 __device__ __forceinline__ uint4 load_shared16(uint32_t shared) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared) : "memory");
