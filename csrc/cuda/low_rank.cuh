@@ -96,13 +96,13 @@ template <class TileT, class Part, class V>
 __device__ __forceinline__ void multiply_low_rank(Accumulators<TileT>& acc, const Gemm& p, int row0, int column0) {
   constexpr bool kTwoParts = sizeof(V) == 4;
   constexpr int kM = TileT::kMmasM, kN = TileT::kMmasN;
+  constexpr int kTogether = kN < 4 ? kN : 4;  // columns whose loads are under way together; more cost registers
   const Place<TileT> place;
   const V* right = static_cast<const V*>(p.right);
 #pragma unroll 1
   for (int rank0 = 0; rank0 < p.rank; rank0 += kMmaK) {
     const int rank = rank0 + place.lane % 4 * 4;
     const int left_over = p.rank - rank;
-    float a[2 * kM][4], b[kN][4];
     const auto a_at = [&](int i) {
       return p.left + static_cast<int64_t>(min(row0 + place.row(i / 2) + i % 2 * 8, p.M - 1)) * p.rank + rank;
     };
@@ -110,6 +110,7 @@ __device__ __forceinline__ void multiply_low_rank(Accumulators<TileT>& acc, cons
       const int column = min(column0 + place.warp_column + TileT::column(j) + fragment_row(place.lane), p.columns - 1);
       return right + column * p.right_column_stride + rank * p.right_rank_stride;
     };
+    float a[2 * kM][4];
     if (p.left_vector) {
 #pragma unroll
       for (int i = 0; i < 2 * kM; ++i) load_ranks_vector(a[i], a_at(i), left_over);
@@ -117,45 +118,37 @@ __device__ __forceinline__ void multiply_low_rank(Accumulators<TileT>& acc, cons
 #pragma unroll
       for (int i = 0; i < 2 * kM; ++i) load_ranks(a[i], a_at(i), 1, left_over);
     }
-    if (p.right_vector) {
-#pragma unroll
-      for (int j = 0; j < kN; ++j) load_ranks_vector(b[j], b_at(j), left_over);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kN; ++j) load_ranks(b[j], b_at(j), p.right_rank_stride, left_over);
-    }
-
     uint32_t a_hi[kM][4], a_lo[kM][4];
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float first = a[2 * i + e % 2][e / 2 * 2], second = a[2 * i + e % 2][e / 2 * 2 + 1];
-        if constexpr (kTwoParts) {
-          split<Part>(first, second, a_hi[i][e], a_lo[i][e]);
-        } else {
-          a_hi[i][e] = Part::pair(first, second);
-        }
-      }
+      for (int e = 0; e < 4; ++e)
+        split<Part>(a[2 * i + e % 2][e / 2 * 2], a[2 * i + e % 2][e / 2 * 2 + 1], a_hi[i][e], a_lo[i][e]);
     }
+
 #pragma unroll
-    for (int j = 0; j < kN; ++j) {
-      uint32_t b_hi[2], b_lo[2];
+    for (int group = 0; group < kN; group += kTogether) {
+      float b[kTogether][4];
+      if (p.right_vector) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if constexpr (kTwoParts) {
-          split<Part>(b[j][2 * e], b[j][2 * e + 1], b_hi[e], b_lo[e]);
-        } else {
-          b_hi[e] = Part::pair(b[j][2 * e], b[j][2 * e + 1]);
-        }
+        for (int j = 0; j < kTogether; ++j) load_ranks_vector(b[j], b_at(group + j), left_over);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) load_ranks(b[j], b_at(group + j), p.right_rank_stride, left_over);
       }
 #pragma unroll
-      for (int i = 0; i < kM; ++i) {
-        if constexpr (kTwoParts) {
-          Part::mma(acc[i][j], a_lo[i], b_hi[0], b_hi[1]);
-          Part::mma(acc[i][j], a_hi[i], b_lo[0], b_lo[1]);
+      for (int j = 0; j < kTogether; ++j) {
+        uint32_t b_hi[2], b_lo[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) split<Part>(b[j][2 * e], b[j][2 * e + 1], b_hi[e], b_lo[e]);
+#pragma unroll
+        for (int i = 0; i < kM; ++i) {
+          if constexpr (kTwoParts) {
+            Part::mma(acc[i][group + j], a_lo[i], b_hi[0], b_hi[1]);
+            Part::mma(acc[i][group + j], a_hi[i], b_lo[0], b_lo[1]);
+          }
+          Part::mma(acc[i][group + j], a_hi[i], b_hi[0], b_hi[1]);
         }
-        Part::mma(acc[i][j], a_hi[i], b_hi[0], b_hi[1]);
       }
     }
   }
