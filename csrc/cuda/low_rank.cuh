@@ -103,11 +103,12 @@ __device__ __forceinline__ void multiply_low_rank(Accumulators<TileT>& acc, cons
   for (int rank0 = 0; rank0 < p.rank; rank0 += kMmaK) {
     const int rank = rank0 + place.lane % 4 * 4;
     const int left_over = p.rank - rank;
+    const int row_of_tile = recomputed(row0), column_of_tile = recomputed(column0);
     const auto a_at = [&](int i) {
-      return p.left + static_cast<int64_t>(min(row0 + place.row(i / 2) + i % 2 * 8, p.M - 1)) * p.rank + rank;
+      return p.left + static_cast<int64_t>(min(row_of_tile + place.row(i / 2) + i % 2 * 8, p.M - 1)) * p.rank + rank;
     };
     const auto b_at = [&](int j) {
-      const int column = min(column0 + place.warp_column + TileT::column(j) + fragment_row(place.lane), p.columns - 1);
+      const int column = min(column_of_tile + place.warp_column + TileT::column(j) + fragment_row(place.lane), p.columns - 1);
       return right + column * p.right_column_stride + rank * p.right_rank_stride;
     };
     float a[2 * kM][4];

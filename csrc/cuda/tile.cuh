@@ -110,6 +110,12 @@ __device__ __forceinline__ uint2 load_streaming(const uint2* p) {
   return v;
 }
 
+// The same number, but the compiler does not know: what a loop computes from it is not kept in registers across iterations.
+__device__ __forceinline__ int recomputed(int v) {
+  asm volatile("mov.b32 %0, %0;" : "+r"(v));
+  return v;
+}
+
 // --- shared memory ----------------------------------------------------------------------------------------------------
 //
 // Addresses are 32-bit numbers: half the registers of a pointer, and what the instructions take.
