@@ -10,7 +10,12 @@ TILES = {"automatic": 0, "small": 1, "medium": 2, "large": 3}
 
 
 class Matrix(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64), ("col_stride", ctypes.c_int64), ("dtype", ctypes.c_int)]
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("row_stride", ctypes.c_int64),
+        ("col_stride", ctypes.c_int64),
+        ("dtype", ctypes.c_int),
+    ]
 
 
 class Dropout(ctypes.Structure):

@@ -16,8 +16,8 @@ from lora_ops import reference
 pytestmark = pytest.mark.cuda
 
 DTYPES = [Dtypes(t, a) for t in (BF16, F16) for a in (t, F32)]
-# (M, K, N, r): within a tile, a tile, beyond one in every direction
-SHAPES = [(1, 8, 8, 1), (33, 136, 72, 16), (130, 72, 40, 20), (64, 64, 128, 3)]
+# (M, K, N, r): within a tile, one tile, beyond it in every direction
+SHAPES = [(1, 8, 8, 1), (64, 128, 128, 3), (130, 136, 72, 20)]
 
 
 class LoraBackwardDx(ctypes.Structure):
@@ -35,7 +35,14 @@ def down(case: Case) -> Tensor:
 
 
 def launch(
-    run: Run, case: Case, dS: Tensor, *, tile: str = "automatic", layout: str = "plain", transposed: bool = False, base: Tensor | None = None
+    run: Run,
+    case: Case,
+    dS: Tensor,
+    *,
+    tile: str = "automatic",
+    layout: str = "plain",
+    transposed: bool = False,
+    base: Tensor | None = None,
 ) -> Tensor:
     """With `base`, dx holds it and the weight is absent."""
     (M, K), N, r, p = case.x.shape, case.weight.shape[0], case.lora_A.shape[0], case.dropout_p
@@ -65,7 +72,7 @@ def assert_right(dx: Tensor, case: Case) -> None:
 @pytest.mark.parametrize("tile", ["small", "medium", "large"])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_values(device: Device, dtypes: Dtypes, tile: str, transposed: bool) -> None:
-    for shape, p in zip(SHAPES, (0.5, 0.0, 0.25, 0.1), strict=True):
+    for shape, p in zip(SHAPES, (0.5, 0.0, 0.25), strict=True):
         case = make_case(shape, dtypes, dropout_p=p)
         dS = down(case)
         with device.run() as run:
@@ -75,10 +82,10 @@ def test_values(device: Device, dtypes: Dtypes, tile: str, transposed: bool) -> 
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["padded", "odd"])
 def test_every_residue(device: Device, layout: str, transposed: bool) -> None:
     """Of M, K and N modulo an mma's 16 rows and depths and a chunk's 8 columns, and every tile."""
-    for i, tile in zip(range(1, 17), itertools.cycle(["small", "medium", "large"])):
+    for i, tile in zip(range(1, 17), itertools.cycle(["small", "medium", "large"]), strict=False):
         shape = (32 * (i % 5) + i, 16 * (i % 8) + 7 * i % 16 + 1, 16 * (i % 6) + 11 * i % 16 + 1, i)
         case = make_case(shape, Dtypes(BF16, F32), dropout_p=i % 2 / 4)
         dS = down(case)
@@ -89,7 +96,7 @@ def test_every_residue(device: Device, layout: str, transposed: bool) -> None:
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_every_rank(device: Device, dtypes: Dtypes) -> None:
-    for r in (1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 64, 100):
+    for r in (1, 2, 3, 4, 5, 15, 16, 17, 100):
         case = make_case((20, 24, 32, r), dtypes, dropout_p=0.1)
         dS = down(case)
         with device.run() as run:
@@ -122,9 +129,8 @@ def test_mask_is_the_reference_s(device: Device, tile: str, p: float) -> None:
     assert torch.equal(dx, keep.to(BF16))
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("tile", ["small", "medium", "large"])
-def test_same_bits_in_any_order(device: Device, tile: str, arch: int) -> None:
+@pytest.mark.parametrize(("arch", "tile"), [(80, "small"), (80, "medium"), (80, "large"), (90, "large")])
+def test_same_bits_in_any_order(device: Device, arch: int, tile: str) -> None:
     case = make_case((140, 136, 200, 20), Dtypes(BF16, F32), dropout_p=0.1)
     dS, results = down(case), []
     for reverse in (False, True):
@@ -158,6 +164,6 @@ def test_mma_count(device: Device) -> None:
 
 def test_what_is_refused(device: Device) -> None:
     case = make_case((4, 8, 8, 2), Dtypes(F32, F32))
-    message = "lora_backward_dx: takes bf16 or fp16.*M = 4, columns = 8, depth = 8, r = 2"
+    message = r"lora_backward_dx: takes bf16 or fp16.*M = 4, columns = 8, depth = 8, r = 2"
     with pytest.raises(RuntimeError, match=message), device.run() as run:
         launch(run, case, down(case))

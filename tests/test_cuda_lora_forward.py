@@ -16,8 +16,8 @@ from lora_ops import reference
 pytestmark = pytest.mark.cuda
 
 DTYPES = [Dtypes(t, a) for t in (BF16, F16) for a in (t, F32)]
-# (M, K, N, r): within a tile, a tile, beyond one in every direction
-SHAPES = [(1, 8, 8, 1), (33, 72, 136, 16), (130, 40, 72, 20), (64, 128, 64, 3)]
+# (M, K, N, r): within a tile, one tile, beyond it in every direction
+SHAPES = [(1, 8, 8, 1), (64, 128, 128, 3), (130, 72, 136, 20)]
 
 
 class LoraForward(ctypes.Structure):
@@ -36,14 +36,25 @@ def down(case: Case) -> Tensor:
 
 
 def launch(
-    run: Run, case: Case, S: Tensor, *, tile: str = "automatic", layout: str = "plain", transposed: bool = False, base: Tensor | None = None
+    run: Run,
+    case: Case,
+    S: Tensor,
+    *,
+    tile: str = "automatic",
+    layout: str = "plain",
+    transposed: bool = False,
+    base: Tensor | None = None,
 ) -> Tensor:
     """With `base`, y holds it and the weight is absent. The bias goes in as the adapters' dtype."""
     (M, K), N, r = case.x.shape, case.weight.shape[0], case.lora_A.shape[0]
     y = empty(M, N, case.x.dtype, layout) if base is None else laid_out(base, layout)
     x = None if base is not None else laid_out(case.x, layout)
     weight = None if base is not None else laid_out(case.weight, layout, transposed)
-    lora_B, bias, S = laid_out(case.lora_B, layout), None if case.bias is None else case.bias.to(case.lora_B.dtype, copy=True), S.clone()
+    lora_B, bias, S = (
+        laid_out(case.lora_B, layout),
+        None if case.bias is None else case.bias.to(case.lora_B.dtype, copy=True),
+        S.clone(),
+    )
     for t in (x, weight, lora_B, bias, S):
         if t is not None:
             run.register(t, readonly=True)
@@ -74,11 +85,13 @@ def test_values(device: Device, dtypes: Dtypes, tile: str, transposed: bool) -> 
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["padded", "odd"])
 def test_every_residue(device: Device, layout: str, transposed: bool) -> None:
     """Of M, K and N modulo an mma's 16 rows and depths and a chunk's 8 columns, and every tile."""
-    for i, tile in zip(range(1, 17), itertools.cycle(["small", "medium", "large"])):
-        case = make_case((32 * (i % 5) + i, 16 * (i % 6) + 7 * i % 16 + 1, 16 * (i % 8) + 11 * i % 16 + 1, i), Dtypes(BF16, F32))
+    for i, tile in zip(range(1, 17), itertools.cycle(["small", "medium", "large"]), strict=False):
+        case = make_case(
+            (32 * (i % 5) + i, 16 * (i % 6) + 7 * i % 16 + 1, 16 * (i % 8) + 11 * i % 16 + 1, i), Dtypes(BF16, F32)
+        )
         S = down(case)
         with device.run() as run:
             y = launch(run, case, S, tile=tile, layout=layout, transposed=transposed)
@@ -87,7 +100,7 @@ def test_every_residue(device: Device, layout: str, transposed: bool) -> None:
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_every_rank(device: Device, dtypes: Dtypes) -> None:
-    for r in (1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 64, 100):
+    for r in (1, 2, 3, 4, 5, 15, 16, 17, 100):
         case = make_case((20, 32, 24, r), dtypes)
         S = down(case)
         with device.run() as run:
@@ -107,9 +120,8 @@ def test_base_product_in_y(device: Device, dtypes: Dtypes, layout: str) -> None:
         assert_right(y, case)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("tile", ["small", "medium", "large"])
-def test_same_bits_in_any_order(device: Device, tile: str, arch: int) -> None:
+@pytest.mark.parametrize(("arch", "tile"), [(80, "small"), (80, "medium"), (80, "large"), (90, "large")])
+def test_same_bits_in_any_order(device: Device, arch: int, tile: str) -> None:
     case = make_case((140, 200, 136, 20), Dtypes(BF16, F32))
     S, results = down(case), []
     for reverse in (False, True):
@@ -141,9 +153,22 @@ def test_mma_count(device: Device) -> None:
     assert copies.total("sectors") == copies.total("ideal_sectors")
 
 
+@pytest.mark.parametrize(("M", "tile"), [(32, "Li32ELi64E"), (33, "Li64ELi64E"), (1152, "Li64ELi64E"), (1153, "Li128ELi128E")])
+def test_which_tile(device: Device, M: int, tile: str) -> None:
+    """Few rows, too few large tiles to give every multiprocessor one, and enough of them."""
+    case = make_case((M, 1, 1280, 1), Dtypes(BF16, BF16), bias=False)
+    S, base = down(case), torch.zeros(M, 1280, dtype=BF16)
+    with device.run() as run:
+        launch(run, case, S, base=base)
+    assert {tile in entry for entry in {c.entry for c in run.counters}} == {True}
+
+
 def test_what_is_refused(device: Device) -> None:
     case = make_case((4, 8, 8, 2), Dtypes(F32, F32))
-    with pytest.raises(RuntimeError, match="lora_forward: takes bf16 or fp16.*M = 4, columns = 8, depth = 8, r = 2"), device.run() as run:
+    with (
+        pytest.raises(RuntimeError, match=r"lora_forward: takes bf16 or fp16.*M = 4, columns = 8, depth = 8, r = 2"),
+        device.run() as run,
+    ):
         launch(run, case, down(case))
 
 
