@@ -19,8 +19,8 @@
 //
 // A warp's columns are 8 or 16 of every 32 of the tile: one Philox call gives bits of columns 32 apart, all of one warp.
 //
-// Budget of Tile 128 x 128 x 32: 3 x 16 KiB of shared memory and 255 registers let two blocks run on every architecture; per
-// step and warp 64 mma, 16 ldmatrix, 8 cp.async.
+// Budget of Tile 128 x 128 x 32: 3 x 16 KiB of shared memory and at most 255 registers let two blocks run on every
+// architecture; per step and warp 64 mma, 16 ldmatrix, 8 cp.async.
 #pragma once
 
 #include <type_traits>
@@ -169,13 +169,12 @@ __device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const 
                                           int column0) {
   constexpr int kRowBytes = TileT::kColumns * 2, kChunks = TileT::kColumns / kVectorElements,
                 kPassRows = kGemmThreads / kChunks;
-  const bool accumulate = p.weight == nullptr;
   const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
   const int count = p.columns - column0 - chunk * kVectorElements;
   const bool vector = p.out_vector && count >= kVectorElements;
   uint16_t* out = p.out + (row0 + row) * p.out_stride + column0 + chunk * kVectorElements;
   const uint32_t at = shared + swizzle<kRowBytes>(row, chunk);
-  if (accumulate) {
+  if (p.accumulate) {
 #pragma unroll 2
     for (int i = 0; i < TileT::kRows; i += kPassRows) {
       const int existing = row0 + row + i < p.M ? count : 0;
@@ -198,7 +197,7 @@ __device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const 
       const uint32_t address =
           shared + swizzle<kRowBytes>(place.row(i / 2) + i % 2 * 8, column / kVectorElements) + column % kVectorElements * 2;
       float first = acc[i / 2][j][i % 2 * 2] + bias0, second = acc[i / 2][j][i % 2 * 2 + 1] + bias1;
-      if (accumulate) {
+      if (p.accumulate) {
         const uint32_t pair = load_shared4(address);
         first += T::first(pair);
         second += T::second(pair);
@@ -234,19 +233,11 @@ __device__ __forceinline__ int2 tile_of_block(int tiles_m, int tiles_n) {
   return {group * kGroup + in_group % height, in_group / height};
 }
 
-// kWeightRows: the weight is (columns, depth) in memory. kVector: in's and weight's rows are aligned to 16 bytes.
-template <class T, class TileT, bool kWeightRows, bool kVector, bool kDropout>
-__global__ void __launch_bounds__(kGemmThreads, 2) gemm_kernel(const __grid_constant__ Gemm p) {
-  using InCopies = RowCopies<TileT::kRows, TileT::kDepth, kVector>;
-  using WeightCopies = std::conditional_t<kWeightRows, RowCopies<TileT::kColumns, TileT::kDepth, kVector>,
-                                          ColumnCopies<TileT::kColumns, TileT::kDepth, kVector>>;
-  const int2 tile = tile_of_block(p.tiles_m, p.tiles_n);
-  const int row0 = tile.x * TileT::kRows, column0 = tile.y * TileT::kColumns;
+// `in` and `weight` are copies as above, or anything else whose start(stage) brings its next step's tile into shared memory,
+// in the same order and swizzle: by cp.async, or by stores that are done when it returns.
+template <class T, class TileT, bool kWeightRows, bool kDropout, class InCopies, class WeightCopies>
+__device__ __forceinline__ void gemm(const Gemm& p, int row0, int column0, int steps, InCopies in, WeightCopies weight) {
   const uint32_t shared = shared_address(shared_memory());
-  const int steps = p.weight == nullptr ? 0 : (p.depth + TileT::kDepth - 1) / TileT::kDepth;
-
-  InCopies in(p.in, p.in_stride, row0, p.M, p.depth);
-  WeightCopies weight(p.weight, p.weight_stride, column0, p.columns, p.depth);
   const auto start_copies = [&](uint32_t stage) {
     in.start(stage);
     weight.start(stage + TileT::kInBytes);
@@ -295,6 +286,19 @@ __global__ void __launch_bounds__(kGemmThreads, 2) gemm_kernel(const __grid_cons
     __syncthreads();
   }
   store_out<T, TileT>(acc, p, shared, row0, column0);
+}
+
+// kWeightRows: the weight is (columns, depth) in memory. kVector: in's and weight's rows are aligned to 16 bytes.
+template <class T, class TileT, bool kWeightRows, bool kVector, bool kDropout>
+__global__ void __launch_bounds__(kGemmThreads, 2) gemm_kernel(const __grid_constant__ Gemm p) {
+  using InCopies = RowCopies<TileT::kRows, TileT::kDepth, kVector>;
+  using WeightCopies = std::conditional_t<kWeightRows, RowCopies<TileT::kColumns, TileT::kDepth, kVector>,
+                                          ColumnCopies<TileT::kColumns, TileT::kDepth, kVector>>;
+  const int2 tile = tile_of_block(p.tiles_m, p.tiles_n);
+  const int row0 = tile.x * TileT::kRows, column0 = tile.y * TileT::kColumns;
+  const int steps = p.accumulate ? 0 : (p.depth + TileT::kDepth - 1) / TileT::kDepth;
+  gemm<T, TileT, kWeightRows, kDropout>(p, row0, column0, steps, InCopies(p.in, p.in_stride, row0, p.M, p.depth),
+                                        WeightCopies(p.weight, p.weight_stride, column0, p.columns, p.depth));
 }
 
 }  // namespace lora_ops

@@ -62,6 +62,7 @@ void launch_gemm(const char* name, int64_t M, int64_t columns, int64_t depth, in
           "takes bf16 or fp16, and one of them", sizes);
   require(right.dtype == DType::f32 || right.dtype == out.dtype, name, "adapters are fp32 or of the input's type", sizes);
   require((weight.data == nullptr || in.col_stride == 1) && out.col_stride == 1, name, "rows are contiguous", sizes);
+  require(weight.col_stride == 1 || weight.row_stride == 1, name, "the weight's rows or columns are contiguous", sizes);
 
   const bool weight_rows = weight.col_stride == 1;
   Gemm p{};
@@ -73,6 +74,7 @@ void launch_gemm(const char* name, int64_t M, int64_t columns, int64_t depth, in
   p.in_stride = in.row_stride;
   p.weight = static_cast<const uint16_t*>(weight.data);
   p.weight_stride = weight_rows ? weight.row_stride : weight.col_stride;
+  p.accumulate = weight.data == nullptr;
   p.left = left;
   p.left_vector = aligned(left, rank, 4, DType::f32);
   p.right = right.data;

@@ -36,20 +36,21 @@ using LargeTile = Tile<128, 128, 32, 2, 3>;
 using MediumTile = Tile<64, 64, 64, 2, 3>;
 using SmallTile = Tile<32, 64, 64, 1, 4>;
 
+// out (M, columns) = in (M, depth) weightᵀ + factor · drop'(left (M, rank) right (columns, rank)ᵀ) + bias
 struct Gemm {
   int M, columns, depth, rank;
   int tiles_m, tiles_n;
-  const uint16_t* in;  // (M, depth), rows in_stride apart
-  const uint16_t*
-      weight;         // (columns, depth) or (depth, columns), rows weight_stride apart; null: out already holds this product
-  const float* left;  // (M, rank)
-  const void* right;  // (columns, rank) of any strides, fp32 or T
-  const void* bias;   // (columns), fp32 or T, or null
-  uint16_t* out;      // (M, columns), rows out_stride apart
+  const uint16_t* in;      // (M, depth), rows in_stride apart
+  const uint16_t* weight;  // (columns, depth) or (depth, columns), rows weight_stride apart
+  const float* left;       // (M, rank)
+  const void* right;       // (columns, rank) of any strides, fp32 or T
+  const void* bias;        // (columns), fp32 or T, or null
+  uint16_t* out;           // (M, columns), rows out_stride apart
   int64_t in_stride, weight_stride, out_stride;
   int64_t right_column_stride, right_rank_stride;
   float factor;
   DeviceDropout dropout;
+  bool accumulate;  // out already holds in weightᵀ, and both are absent
   bool right_f32, bias_f32;
   bool left_vector, right_vector, out_vector;  // four neighbouring ranks, or eight columns, are one aligned load or store
 };
