@@ -1,0 +1,304 @@
+// What lora_forward.cu and lora_backward_dx.cu share: one product of a dense matrix and a weight, plus a low-rank product.
+//
+//     out (M, columns) = in (M, depth) · weightᵀ + factor · drop'(left rightᵀ) + bias        forward: x, W0, S, B
+//                                                                                           dx:      dy, W0ᵀ, dS, Aᵀ
+//
+// A block of four warps owns a tile of out, kept in fp32 accumulators from its first to its last summand, and rounds it once.
+//
+// The low-rank term comes first. It alone is scaled and masked, which in the accumulators costs no tile of its own, and its
+// operands go from global memory straight into fragments: a few ranks deep, they are not worth a trip through shared memory,
+// and their latency hides behind the first copies of the main product, which are under way meanwhile.
+//
+// The main product then runs over depth in steps of kDepth, through a ring of kStages buffers filled by cp.async: while step i
+// is multiplied, the copies of steps i + 1 ... i + kStages - 1 are under way. Fragments are loaded one mma's depth (16) ahead,
+// across the border of two steps too, so that tensor cores do not wait for shared memory. What lies beyond depth is copied as
+// zeros, what lies beyond M or columns is never stored; so the loop has no branch.
+//
+// The weight is (columns, depth) in memory, or (depth, columns), which ldmatrix transposes on the way: forward and dx of a
+// weight and of a transposed view come down to these two.
+//
+// A warp's columns are 8 or 16 of every 32 of the tile: one Philox call gives bits of columns 32 apart, all of one warp.
+//
+// Budget of Tile 128 x 128 x 32: 3 x 16 KiB of shared memory and at most 255 registers let two blocks run on every
+// architecture; per step and warp 64 mma, 16 ldmatrix, 8 cp.async.
+#pragma once
+
+#include <type_traits>
+
+#include "low_rank.cuh"
+
+namespace lora_ops {
+
+// --- main product -----------------------------------------------------------------------------------------------------
+
+// One chunk, of which `count` (0 ... 8, or beyond: all or none) elements exist.
+template <bool kVector>
+__device__ __forceinline__ void copy_chunk(uint32_t shared, const uint16_t* global, int count) {
+  if constexpr (kVector) {
+    cp_async16(shared, global, max(0, min(2 * count, kVectorBytes)));
+  } else {
+    uint32_t pairs[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const uint32_t first = 2 * e < count ? global[2 * e] : 0u, second = 2 * e + 1 < count ? global[2 * e + 1] : 0u;
+      pairs[e] = first | second << 16;
+    }
+    store_shared(shared, uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
+  }
+}
+
+// Copies tiles [row][depth] of a matrix (rows, depth), one step after the other. Rows beyond the last repeat it.
+template <int kRows, int kDepth, bool kVector>
+struct RowCopies {
+  static constexpr int kRowBytes = kDepth * 2, kChunks = kDepth / kVectorElements, kPassRows = kGemmThreads / kChunks;
+  static constexpr int kPasses = kRows / kPassRows;
+  static_assert(kPassRows % 8 == 0, "a pass below, the swizzle is the same");
+  const uint16_t* from[kPasses];
+  uint32_t to;
+  int left;  // of depth
+
+  __device__ RowCopies(const uint16_t* matrix, int64_t stride, int row0, int rows, int depth) {
+    const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      from[i] = matrix + min(row0 + row + i * kPassRows, rows - 1) * stride + chunk * kVectorElements;
+    }
+    to = swizzle<kRowBytes>(row, chunk);
+    left = depth - chunk * kVectorElements;
+  }
+  __device__ void start(uint32_t shared) {
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      copy_chunk<kVector>(shared + to + i * kPassRows * kRowBytes, from[i], left);
+      from[i] += kDepth;
+    }
+    left -= kDepth;
+  }
+};
+
+// Copies tiles [depth][column] of a matrix (depth, columns).
+template <int kColumns, int kDepth, bool kVector>
+struct ColumnCopies {
+  static constexpr int kRowBytes = kColumns * 2, kChunks = kColumns / kVectorElements, kPassRows = kGemmThreads / kChunks;
+  static constexpr int kPasses = kDepth / kPassRows;
+  static_assert(kPassRows % 8 == 0, "a pass below, the swizzle is the same");
+  const uint16_t* from;
+  int64_t pass;  // elements
+  uint32_t to;
+  int count, left;  // elements of the chunk; of depth
+
+  __device__ ColumnCopies(const uint16_t* matrix, int64_t stride, int column0, int columns, int depth) {
+    const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    from = matrix + row * stride + column0 + chunk * kVectorElements;
+    pass = kPassRows * stride;
+    to = swizzle<kRowBytes>(row, chunk);
+    count = columns - column0 - chunk * kVectorElements;
+    left = depth - row;
+  }
+  __device__ void start(uint32_t shared) {
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      copy_chunk<kVector>(shared + to + i * kPassRows * kRowBytes, from, i * kPassRows < left ? count : 0);
+      from += pass;
+    }
+    left -= kDepth;
+  }
+};
+
+// Loads the fragments of one mma's depth, `k` of kMmasK, from a stage.
+template <class TileT, bool kWeightRows>
+struct FragmentLoads {
+  static constexpr int kInRowBytes = TileT::kDepth * 2;
+  static constexpr int kWeightRowBytes = 2 * (kWeightRows ? TileT::kDepth : TileT::kColumns);
+  static constexpr int kPairs = TileT::kMmasN / 2;
+  static constexpr int kWeightOffsets = kWeightRows ? TileT::kMmasK : kPairs;
+  uint32_t in_offset[TileT::kMmasK], weight_offset[kWeightOffsets];
+
+  __device__ FragmentLoads() {
+    const Place<TileT> place;
+    const LaneChunk a = rows_first(place.lane);
+#pragma unroll
+    for (int k = 0; k < TileT::kMmasK; ++k) in_offset[k] = swizzle<kInRowBytes>(place.warp_row + a.row, 2 * k + a.chunk);
+#pragma unroll
+    for (int i = 0; i < kWeightOffsets; ++i) {
+      if constexpr (kWeightRows) {
+        const LaneChunk b = chunks_first(place.lane);
+        const int column = place.warp_column + TileT::column(b.row / kMmaN) + b.row % kMmaN;
+        weight_offset[i] = TileT::kInBytes + swizzle<kWeightRowBytes>(column, 2 * i + b.chunk);
+      } else {
+        const int column = place.warp_column + TileT::column(2 * i) + TileT::column(a.chunk);
+        weight_offset[i] = TileT::kInBytes + swizzle<kWeightRowBytes>(a.row, column / kVectorElements);
+      }
+    }
+  }
+  __device__ void load(uint32_t (&a)[TileT::kMmasM][4], uint32_t (&b)[kPairs][4], uint32_t stage, int k) const {
+#pragma unroll
+    for (int i = 0; i < TileT::kMmasM; ++i) ldmatrix_x4<false>(a[i], stage + in_offset[k] + i * kMmaM * kInRowBytes);
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+      if constexpr (kWeightRows) {
+        ldmatrix_x4<false>(b[p], stage + weight_offset[k] + TileT::column(2 * p) * kWeightRowBytes);
+      } else {
+        ldmatrix_x4<true>(b[p], stage + weight_offset[p] + k * kMmaK * kWeightRowBytes);
+      }
+    }
+  }
+};
+
+template <class T, class TileT>
+__device__ __forceinline__ void multiply(Accumulators<TileT>& acc, const uint32_t (&a)[TileT::kMmasM][4],
+                                         const uint32_t (&b)[TileT::kMmasN / 2][4]) {
+#pragma unroll
+  for (int i = 0; i < TileT::kMmasM; ++i) {
+#pragma unroll
+    for (int j = 0; j < TileT::kMmasN; ++j) T::mma(acc[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+  }
+}
+
+// --- out --------------------------------------------------------------------------------------------------------------
+
+template <class T>
+__device__ __forceinline__ float bias_at(const Gemm& p, int column) {
+  if (p.bias == nullptr || column >= p.columns) return 0.f;
+  return p.bias_f32 ? static_cast<const float*>(p.bias)[column] : to_float(static_cast<const T*>(p.bias)[column]);
+}
+
+// out = acc + bias, or out += acc + bias, through shared memory, so that global memory sees 16 neighbouring bytes per thread.
+template <class T, class TileT>
+__device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const Gemm& p, uint32_t shared, int row0,
+                                          int column0) {
+  constexpr int kRowBytes = TileT::kColumns * 2, kChunks = TileT::kColumns / kVectorElements,
+                kPassRows = kGemmThreads / kChunks;
+  const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+  const int count = p.columns - column0 - chunk * kVectorElements;
+  const bool vector = p.out_vector && count >= kVectorElements;
+  uint16_t* out = p.out + (row0 + row) * p.out_stride + column0 + chunk * kVectorElements;
+  const uint32_t at = shared + swizzle<kRowBytes>(row, chunk);
+  if (p.accumulate) {
+#pragma unroll 2
+    for (int i = 0; i < TileT::kRows; i += kPassRows) {
+      const int existing = row0 + row + i < p.M ? count : 0;
+      if (vector && existing > 0) {
+        store_shared(at + i * kRowBytes, *reinterpret_cast<const uint4*>(out + i * p.out_stride));
+      } else {
+        copy_chunk<false>(at + i * kRowBytes, out + i * p.out_stride, existing);
+      }
+    }
+    __syncthreads();
+  }
+
+  const Place<TileT> place;
+#pragma unroll
+  for (int j = 0; j < TileT::kMmasN; ++j) {
+    const int column = place.column(j);
+    const float bias0 = bias_at<T>(p, column0 + column), bias1 = bias_at<T>(p, column0 + column + 1);
+#pragma unroll
+    for (int i = 0; i < 2 * TileT::kMmasM; ++i) {
+      const uint32_t address =
+          shared + swizzle<kRowBytes>(place.row(i / 2) + i % 2 * 8, column / kVectorElements) + column % kVectorElements * 2;
+      float first = acc[i / 2][j][i % 2 * 2] + bias0, second = acc[i / 2][j][i % 2 * 2 + 1] + bias1;
+      if (p.accumulate) {
+        const uint32_t pair = load_shared4(address);
+        first += T::first(pair);
+        second += T::second(pair);
+      }
+      store_shared(address, T::pair(first, second));
+    }
+  }
+  __syncthreads();
+
+#pragma unroll 2
+  for (int i = 0; i < TileT::kRows; i += kPassRows) {
+    if (row0 + row + i >= p.M) return;
+    const uint4 v = load_shared16(at + i * kRowBytes);
+    if (vector) {
+      *reinterpret_cast<uint4*>(out + i * p.out_stride) = v;
+    } else {
+      const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int e = 0; e < kVectorElements; ++e) {
+        if (e < count) out[i * p.out_stride + e] = static_cast<uint16_t>(pairs[e / 2] >> e % 2 * 16);
+      }
+    }
+  }
+}
+
+// --- all of it --------------------------------------------------------------------------------------------------------
+
+// Tiles in groups of kGroup above each other, then the next column of tiles: a group's rows of `in` and the columns of the
+// weight that it is multiplied with stay in L2.
+__device__ __forceinline__ int2 tile_of_block(int tiles_m, int tiles_n) {
+  const int group = blockIdx.x / (kGroup * tiles_n), in_group = blockIdx.x % (kGroup * tiles_n);
+  const int height = min(tiles_m - group * kGroup, kGroup);
+  return {group * kGroup + in_group % height, in_group / height};
+}
+
+// `in` and `weight` are copies as above, or anything else whose start(stage) brings its next step's tile into shared memory,
+// in the same order and swizzle: by cp.async, or by stores that are done when it returns.
+template <class T, class TileT, bool kWeightRows, bool kDropout, class InCopies, class WeightCopies>
+__device__ __forceinline__ void gemm(const Gemm& p, int row0, int column0, int steps, InCopies in, WeightCopies weight) {
+  const uint32_t shared = shared_address(shared_memory());
+  const auto start_copies = [&](uint32_t stage) {
+    in.start(stage);
+    weight.start(stage + TileT::kInBytes);
+    cp_async_commit();
+  };
+  if (steps > 0) {
+#pragma unroll
+    for (int i = 0; i + 1 < TileT::kStages; ++i) start_copies(shared + i * TileT::kStageBytes);
+  }
+
+  Accumulators<TileT> acc = {};
+  if (p.right_f32) {
+    multiply_low_rank<TileT, Bf16, float>(acc, p, row0, column0);
+  } else {
+    multiply_low_rank<TileT, T, T>(acc, p, row0, column0);
+  }
+  scale<TileT>(acc, p.factor);
+  if constexpr (kDropout) {
+    if (p.dropout.threshold > 0) drop<TileT>(acc, p.dropout, row0, column0);
+  }
+
+  if (steps > 0) {
+    const FragmentLoads<TileT, kWeightRows> fragments;
+    uint32_t a[2][TileT::kMmasM][4], b[2][TileT::kMmasN / 2][4];
+    const uint32_t end = shared + TileT::kSharedBytes;
+    uint32_t stage = shared, free_stage = end - TileT::kStageBytes;
+    cp_async_wait<TileT::kStages - 2>();
+    __syncthreads();
+    fragments.load(a[0], b[0], stage, 0);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+#pragma unroll
+      for (int k = 0; k < TileT::kMmasK; ++k) {
+        if (k + 1 == TileT::kMmasK) {
+          free_stage = stage;
+          stage = stage + TileT::kStageBytes == end ? shared : stage + TileT::kStageBytes;
+          cp_async_wait<TileT::kStages - 2>();
+          __syncthreads();
+        }
+        fragments.load(a[(k + 1) % 2], b[(k + 1) % 2], stage, (k + 1) % TileT::kMmasK);
+        if (k == 0) start_copies(free_stage);
+        multiply<T, TileT>(acc, a[k % 2], b[k % 2]);
+      }
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+  }
+  store_out<T, TileT>(acc, p, shared, row0, column0);
+}
+
+// kWeightRows: the weight is (columns, depth) in memory. kVector: in's and weight's rows are aligned to 16 bytes.
+template <class T, class TileT, bool kWeightRows, bool kVector, bool kDropout>
+__global__ void __launch_bounds__(kGemmThreads, 2) gemm_kernel(const __grid_constant__ Gemm p) {
+  using InCopies = RowCopies<TileT::kRows, TileT::kDepth, kVector>;
+  using WeightCopies = std::conditional_t<kWeightRows, RowCopies<TileT::kColumns, TileT::kDepth, kVector>,
+                                          ColumnCopies<TileT::kColumns, TileT::kDepth, kVector>>;
+  const int2 tile = tile_of_block(p.tiles_m, p.tiles_n);
+  const int row0 = tile.x * TileT::kRows, column0 = tile.y * TileT::kColumns;
+  const int steps = p.accumulate ? 0 : (p.depth + TileT::kDepth - 1) / TileT::kDepth;
+  gemm<T, TileT, kWeightRows, kDropout>(p, row0, column0, steps, InCopies(p.in, p.in_stride, row0, p.M, p.depth),
+                                        WeightCopies(p.weight, p.weight_stride, column0, p.columns, p.depth));
+}
+
+}  // namespace lora_ops

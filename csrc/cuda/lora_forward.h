@@ -1,0 +1,25 @@
+// y = x W0ᵀ + scaling · S Bᵀ + bias
+#pragma once
+
+#include "params.h"
+
+namespace lora_ops {
+
+struct CudaLoraForward {
+  int64_t M, K, N, r;
+  Matrix x;        // (M, K) bf16 or fp16
+  Matrix weight;   // (N, K) x's dtype, or absent: y already holds x W0ᵀ
+  Matrix lora_B;   // (N, r) x's dtype or fp32
+  Matrix bias;     // (1, N) x's dtype or fp32, or absent
+  Matrix y;        // (M, N) x's dtype
+  const float* S;  // (M, r) contiguous
+  float scaling;
+  GemmTile tile = GemmTile::automatic;
+};
+
+void launch_lora_forward(const CudaLoraForward& p, void* stream);
+
+}  // namespace lora_ops
+
+// 0, or 1 with the reason in lora_ops_last_error().
+extern "C" int lora_ops_lora_forward(const lora_ops::CudaLoraForward* params, void* stream);
