@@ -106,3 +106,11 @@ void launch_lora_backward_down(const LoraBackwardDown& op, void* stream) {
 }
 
 }  // namespace lora_ops
+
+extern "C" int64_t lora_ops_lora_backward_down_workspace_bytes(const lora_ops::LoraBackwardDown* params) {
+  return lora_ops::workspace_bytes(*params);
+}
+
+extern "C" int lora_ops_lora_backward_down(const lora_ops::LoraBackwardDown* params, void* stream) {
+  return lora_ops::guarded([&] { lora_ops::launch_lora_backward_down(*params, stream); });
+}

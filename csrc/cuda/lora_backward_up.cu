@@ -210,3 +210,11 @@ void launch_lora_backward_up(const LoraBackwardUp& op, void* stream) {
 }
 
 }  // namespace lora_ops
+
+extern "C" int64_t lora_ops_lora_backward_up_workspace_bytes(const lora_ops::LoraBackwardUp* params) {
+  return lora_ops::workspace_bytes(*params);
+}
+
+extern "C" int lora_ops_lora_backward_up(const lora_ops::LoraBackwardUp* params, void* stream) {
+  return lora_ops::guarded([&] { lora_ops::launch_lora_backward_up(*params, stream); });
+}

@@ -128,3 +128,11 @@ void launch_lora_down(const LoraDown& op, void* stream) {
 }
 
 }  // namespace lora_ops
+
+extern "C" int64_t lora_ops_lora_down_workspace_bytes(const lora_ops::LoraDown* params) {
+  return lora_ops::workspace_bytes(*params);
+}
+
+extern "C" int lora_ops_lora_down(const lora_ops::LoraDown* params, void* stream) {
+  return lora_ops::guarded([&] { lora_ops::launch_lora_down(*params, stream); });
+}
