@@ -1,8 +1,8 @@
 // dA (r, K) = dSᵀ drop(x)          dS (M, r) fp32, x (M, K); fp32 sums
 //
-// A block has 128 columns of x, up to 64 ranks and a range of M; it walks down M in tiles of 64 rows, each read once and multiplied
-// by the same rows of dS. grid = (column tiles, splits of M, chunks of 64 ranks). A split's sums are its partials (splits, r, K),
-// which reduce.cu adds up in order and rounds; a single split in fp32 is dA itself.
+// A block has 128 columns of x, up to 64 ranks and a range of M; it walks down M in tiles of 64 rows, each read once and
+// multiplied by the same rows of dS. grid = (column tiles, splits of M, chunks of 64 ranks). A split's sums are its partials
+// (splits, r, K), which reduce.cu adds up in order and rounds; a single split in fp32 is dA itself.
 //
 // Shared memory, per stage of the ring: x 64 x 128 (16 KB) and dS 64 x kRanks (4...16 KB); two or three stages, at most 72 KB.
 // Registers: kRanks sums per thread.
@@ -39,15 +39,14 @@ template <typename T, typename Adapter, int kRanks, bool kVector>
 __global__ void __launch_bounds__(kThreads) lora_backward_down_kernel(const Args args) {
   using P = Parts<T, Adapter>;
   constexpr int kStages = kStagesOf<Stage<T, kRanks>>;
-  extern __shared__ __align__(128) unsigned char shared[];
-  auto* const ring = reinterpret_cast<Stage<T, kRanks>*>(shared);
+  auto* const ring = reinterpret_cast<Stage<T, kRanks>*>(shared_memory());
 
   const int64_t col0 = int64_t{blockIdx.x} * kTileCols;
   const int64_t rank0 = int64_t{blockIdx.z} * kRanks;
   const int64_t first = blockIdx.y * args.split.each;
   const int tiles = static_cast<int>(min(args.split.each, args.split.steps - first));
   const T* const x = static_cast<const T*>(args.x) + col0;
-  const uint64_t seed = args.dropout.seed ? static_cast<uint64_t>(*args.dropout.seed) : 0;
+  const uint64_t seed = args.dropout.threshold > 0 ? *args.dropout.seed : 0;
 
   const auto load = [&](int tile) {
     if (tile < tiles) {
@@ -67,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) lora_backward_down_kernel(const Args
     __syncthreads();
     load(tile + kStages - 1);
     auto& stage = ring[tile % kStages];
-    if (args.dropout.seed) drop_columns(stage.x, (first + tile) * kTileRows, col0, seed, args.dropout.threshold);
+    if (args.dropout.threshold > 0) drop_columns(stage.x, (first + tile) * kTileRows, col0, seed, args.dropout.threshold);
     column_product<P, T, kRanks>(sum, stage.x, stage.dS, [](const uint32_t (&)[4], int) {});
   }
 
@@ -81,13 +80,6 @@ __global__ void __launch_bounds__(kThreads) lora_backward_down_kernel(const Args
   }
 }
 
-template <typename T, typename Adapter, int kRanks, bool kVector>
-void launch(const Args& args, void* stream) {
-  using S = Stage<T, kRanks>;
-  const dim3 grid(ceil_div(args.K, kTileCols), args.split.count, ceil_div(args.r, kRanks));
-  launch_kernel(lora_backward_down_kernel<T, Adapter, kRanks, kVector>, grid, kThreads, kStagesOf<S> * sizeof(S), args, stream);
-}
-
 }  // namespace
 
 int64_t workspace_bytes(const LoraBackwardDown& op) {
@@ -99,8 +91,13 @@ void launch_lora_backward_down(const LoraBackwardDown& op, void* stream) {
   const Args args{op, split_of(op), partials ? op.workspace : static_cast<float*>(op.dA)};
   const bool vector = vectors(op.x, op.x_row_stride, op.x_dtype) && vectors(op.dS, op.r, DType::f32);
   dispatch(op.x_dtype, op.adapter_dtype, op.r, vector, [&](auto t, auto adapter, auto ranks, auto is_vector) {
-    launch<typename decltype(t)::type, typename decltype(adapter)::type, decltype(ranks)::value, decltype(is_vector)::value>(
-        args, stream);
+    using T = typename decltype(t)::type;
+    constexpr int kRanks = decltype(ranks)::value;
+    using S = Stage<T, kRanks>;
+    const dim3 grid(ceil_div(op.K, kTileCols), args.split.count, ceil_div(op.r, kRanks));
+    launch("lora_backward_down",
+           lora_backward_down_kernel<T, typename decltype(adapter)::type, kRanks, decltype(is_vector)::value>, grid, kThreads,
+           kStagesOf<S> * sizeof(S), stream, args, shapes("M", op.M, "K", op.K, "r", op.r));
   });
   if (partials) launch_reduce({{{args.sums, args.split.count, op.r * op.K, op.dA, op.adapter_dtype}}}, stream);
 }
@@ -112,5 +109,5 @@ extern "C" int64_t lora_ops_lora_backward_down_workspace_bytes(const lora_ops::L
 }
 
 extern "C" int lora_ops_lora_backward_down(const lora_ops::LoraBackwardDown* params, void* stream) {
-  return lora_ops::guarded([&] { lora_ops::launch_lora_backward_down(*params, stream); });
+  return lora_ops::report_errors([&] { lora_ops::launch_lora_backward_down(*params, stream); });
 }

@@ -1,14 +1,15 @@
 // dS (M, r) = s dy B ;  dB (N, r) = s dyᵀ S ;  dbias (N) = Σ_rows dy          dy (M, N), B (N, r), S (M, r); fp32 sums
 //
 // dy is read once: from a tile of it in shared memory come its rows times B and its columns times S. One of the two sums must
-// leave the block. A block has kTiles tiles of 128 columns and walks down M in steps of 64 rows: dB and dbias stay in registers for
-// the whole walk, dS is complete for its columns after each step and goes to partials (column blocks, M, r). The wider the block,
-// the fewer partials, r / (64 kTiles) of dy's bytes, and the more registers dB takes: 256 columns up to rank 32, else 128.
-// grid = (column blocks, splits of M, chunks of 64 ranks); dB's partials are (splits, N, r), dbias's (splits, N), and reduce.cu
-// adds up all three in order and rounds. dbias is a product with a vector of ones.
+// leave the block. A block has kTiles tiles of 128 columns and walks down M in steps of 64 rows: dB and dbias stay in registers
+// for the whole walk, dS is complete for its columns after each step and goes to partials (column blocks, M, r). The wider the
+// block, the fewer partials, r / (64 kTiles) of dy's bytes, and the more registers dB takes: 256 columns up to rank 32, else
+// 128. grid = (column blocks, splits of M, chunks of 64 ranks); dB's partials are (splits, N, r), dbias's (splits, N), and
+// reduce.cu adds up all three in order and rounds. dbias is a product with a vector of ones.
 //
-// Shared memory: B of the block's columns, 128 kTiles x kRanks, for the whole walk; two buffers for S, 64 x kRanks; dy in a ring of
-// three stages for 16 ranks, else two. At most 96 KB. Registers: kTiles kRanks sums of dB and kRanks / 2 of dS per thread.
+// Shared memory: B of the block's columns, 128 kTiles x kRanks, for the whole walk; two buffers for S, 64 x kRanks; dy in a
+// ring of three stages for 16 ranks, else two. At most 96 KB. Registers: kTiles kRanks sums of dB and kRanks / 2 of dS per
+// thread.
 #include "check.h"
 #include "lora_backward_up.h"
 #include "reduce.h"
@@ -41,7 +42,8 @@ Split split_of(const LoraBackwardUp& op) {
   return split_reduction(ceil_div(op.M, kTileRows), column_blocks(op) * ceil_div(op.r, kMaxRanks), op.sm_count);
 }
 
-// Where each output's sums go: its partials, in floats within the workspace, or, where one fp32 partial is all, the output itself.
+// Where each output's sums go: its partials, in floats within the workspace, or, where one fp32 partial is all, the output
+// itself.
 struct Layout {
   int64_t dS, dB, dbias;  // -1: the output itself
   int64_t size;
@@ -80,7 +82,7 @@ __device__ __forceinline__ void load_B(SkinnyPair<P>& pair, const Adapter* B, in
     skinny_from_columns<P, BTile<Adapter, kRanks>>(pair, B, k, rank);
   } else {
     uint32_t raw[4];
-    ldmatrix_x4_trans(raw, B + BTile<Adapter, kRanks>::offset(k + (lane_id() & 15), rank + 8 * (lane_id() >> 4)));
+    load_fragment<true, BTile<Adapter, kRanks>>(raw, B, k, rank, rows_first(lane_id()));
 #pragma unroll
     for (int i = 0; i < 4; ++i) pair[i / 2].part[0][i % 2] = raw[i];
   }
@@ -91,8 +93,7 @@ __global__ void __launch_bounds__(kThreads) lora_backward_up_kernel(const Args a
   using P = Parts<T, Adapter>;
   constexpr int kWide = kTiles<kRanks>, kRing = kStages<kRanks>;
   static_assert(kRing - 1 <= kWide, "S of the next step is loaded when nothing reads S of the step before this one");
-  extern __shared__ __align__(128) unsigned char bytes[];
-  auto& shared = *reinterpret_cast<Shared<T, Adapter, kRanks>*>(bytes);
+  auto& shared = *reinterpret_cast<Shared<T, Adapter, kRanks>*>(shared_memory());
 
   const int64_t col0 = int64_t{blockIdx.x} * (kWide * kTileCols);
   const int64_t rank0 = int64_t{blockIdx.z} * kRanks;
@@ -107,8 +108,8 @@ __global__ void __launch_bounds__(kThreads) lora_backward_up_kernel(const Args a
     const int step = t / kWide, tile = t % kWide;
     if (step < steps) {
       const int64_t row = (first + step) * kTileRows, col = tile * kTileCols;
-      load_tile<WideTile<T>, kVector>(shared.dy[t % kRing],
-                                      {dy + row * args.dy_row_stride + col, args.dy_row_stride, args.M - row, args.N - col0 - col});
+      load_tile<WideTile<T>, kVector>(
+          shared.dy[t % kRing], {dy + row * args.dy_row_stride + col, args.dy_row_stride, args.M - row, args.N - col0 - col});
       if (tile == 0 && want_dB) {
         load_tile<SkinnyTile<kRanks>, kVector>(shared.S[step % 2],
                                                {args.S + row * args.r + rank0, args.r, args.M - row, args.r - rank0});
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kThreads) lora_backward_up_kernel(const Args a
   };
 
   float dB[kWide][2][kRanks / 8][4] = {}, dbias[kWide][2][4] = {};
-  const uint32_t ones = pack(1.f, 1.f, T{});
+  const uint32_t ones = T::pair(1.f, 1.f);
 #pragma unroll
   for (int t = 0; t < kRing - 1; ++t) load(t);
   if (want_dS) {  // any rank is aligned for loads of one element, and this is once per block
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) lora_backward_up_kernel(const Args a
         });
       }
       const auto add_dbias = [&](const uint32_t (&raw)[4], int half) {
-        if (want_dbias) mma<T>(dbias[tile][half], raw, ones, ones);
+        if (want_dbias) T::mma(dbias[tile][half], raw, ones, ones);
       };
       if (want_dB) {
         column_product<P, T, kRanks>(dB[tile], wide, shared.S[step % 2], add_dbias);
@@ -175,13 +176,6 @@ __global__ void __launch_bounds__(kThreads) lora_backward_up_kernel(const Args a
   }
 }
 
-template <typename T, typename Adapter, int kRanks, bool kVector>
-void launch(const Args& args, void* stream) {
-  const dim3 grid(column_blocks(args), args.split.count, ceil_div(args.r, kRanks));
-  launch_kernel(lora_backward_up_kernel<T, Adapter, kRanks, kVector>, grid, kThreads, sizeof(Shared<T, Adapter, kRanks>), args,
-                stream);
-}
-
 }  // namespace
 
 int64_t workspace_bytes(const LoraBackwardUp& op) {
@@ -194,8 +188,12 @@ void launch_lora_backward_up(const LoraBackwardUp& op, void* stream) {
   const Args args{op, split_of(op), sums(layout.dS, op.dS), sums(layout.dB, op.dB), sums(layout.dbias, op.dbias)};
   const bool vector = vectors(op.dy, op.dy_row_stride, op.dy_dtype) && (!op.dB || vectors(op.S, op.r, DType::f32));
   dispatch(op.dy_dtype, op.adapter_dtype, op.r, vector, [&](auto t, auto adapter, auto ranks, auto is_vector) {
-    launch<typename decltype(t)::type, typename decltype(adapter)::type, decltype(ranks)::value, decltype(is_vector)::value>(
-        args, stream);
+    using T = typename decltype(t)::type;
+    using Adapter = typename decltype(adapter)::type;
+    constexpr int kRanks = decltype(ranks)::value;
+    const dim3 grid(column_blocks(op), args.split.count, ceil_div(op.r, kRanks));
+    launch("lora_backward_up", lora_backward_up_kernel<T, Adapter, kRanks, decltype(is_vector)::value>, grid, kThreads,
+           sizeof(Shared<T, Adapter, kRanks>), stream, args, shapes("M", op.M, "N", op.N, "r", op.r));
   });
 
   Reductions reductions;
@@ -216,5 +214,5 @@ extern "C" int64_t lora_ops_lora_backward_up_workspace_bytes(const lora_ops::Lor
 }
 
 extern "C" int lora_ops_lora_backward_up(const lora_ops::LoraBackwardUp* params, void* stream) {
-  return lora_ops::guarded([&] { lora_ops::launch_lora_backward_up(*params, stream); });
+  return lora_ops::report_errors([&] { lora_ops::launch_lora_backward_up(*params, stream); });
 }

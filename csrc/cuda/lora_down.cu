@@ -1,9 +1,9 @@
 // S (M, r) = drop(x) Aᵀ          x (M, K), A (r, K); fp32 sums
 //
 // A block has 64 rows of x, up to 64 ranks and a range of K; it walks along K in tiles of 128 columns, each read once and
-// multiplied for all of the block's ranks. grid = (row tiles, splits of K, chunks of 64 ranks): x is read once for r <= 64. Where
-// the row tiles are fewer than the GPU wants blocks, K is split, every split writes its sums to partials (splits, M, r), and
-// reduce.cu adds them up in order.
+// multiplied for all of the block's ranks. grid = (row tiles, splits of K, chunks of 64 ranks): x is read once for r <= 64.
+// Where the row tiles are fewer than the GPU wants blocks, K is split, every split writes its sums to partials (splits, M, r),
+// and reduce.cu adds them up in order.
 //
 // Shared memory, per stage of the ring: x 64 x 128 (16 KB) and A kRanks x 128 (in fp32, 64 ranks: 32 KB). Two or three stages
 // are at most 96 KB, which every architecture has. Registers: kRanks / 2 sums per thread.
@@ -44,15 +44,14 @@ __device__ __forceinline__ void load_A(SkinnyPair<P>& pair, const Adapter* A, in
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int offset = ATile<Adapter, kRanks>::offset(rank + 8 * n + (lane >> 2), k + 8 * half + 2 * (lane & 3));
+        const int offset = ATile<Adapter, kRanks>::offset(rank + 8 * n + fragment_row(lane), k + 8 * half + fragment_col(lane));
         const float2 v = *reinterpret_cast<const float2*>(A + offset);
         pair[n].set(half, v.x, v.y);
       }
     }
   } else {
     uint32_t raw[4];
-    const int row = rank + (lane & 7) + 8 * (lane >> 4);
-    ldmatrix_x4(raw, A + ATile<Adapter, kRanks>::offset(row, k + 8 * (lane >> 3 & 1)));
+    load_fragment<false, ATile<Adapter, kRanks>>(raw, A, rank, k, chunks_first(lane));
 #pragma unroll
     for (int i = 0; i < 4; ++i) pair[i / 2].part[0][i % 2] = raw[i];
   }
@@ -62,8 +61,7 @@ template <typename T, typename Adapter, int kRanks, bool kVector>
 __global__ void __launch_bounds__(kThreads) lora_down_kernel(const Args args) {
   using P = Parts<T, Adapter>;
   constexpr int kStages = kStagesOf<Stage<T, Adapter, kRanks>>;
-  extern __shared__ __align__(128) unsigned char shared[];
-  auto* const ring = reinterpret_cast<Stage<T, Adapter, kRanks>*>(shared);
+  auto* const ring = reinterpret_cast<Stage<T, Adapter, kRanks>*>(shared_memory());
 
   const int64_t row0 = int64_t{blockIdx.x} * kTileRows;
   const int64_t rank0 = int64_t{blockIdx.z} * kRanks;
@@ -71,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) lora_down_kernel(const Args args) {
   const int tiles = static_cast<int>(min(args.split.each, args.split.steps - first));
   const T* const x = static_cast<const T*>(args.x) + row0 * args.x_row_stride;
   const Adapter* const A = static_cast<const Adapter*>(args.lora_A) + rank0 * args.K;
-  const uint64_t seed = args.dropout.seed ? static_cast<uint64_t>(*args.dropout.seed) : 0;
+  const uint64_t seed = args.dropout.threshold > 0 ? *args.dropout.seed : 0;
 
   const auto load = [&](int tile) {
     if (tile < tiles) {
@@ -91,20 +89,11 @@ __global__ void __launch_bounds__(kThreads) lora_down_kernel(const Args args) {
     __syncthreads();
     load(tile + kStages - 1);
     auto& stage = ring[tile % kStages];
-    if (args.dropout.seed) drop_rows(stage.x, row0, (first + tile) * kTileCols, seed, args.dropout.threshold);
-    row_product<P, T, kRanks>(sum, stage.x, [&](SkinnyPair<P>& pair, int k, int rank) {
-      load_A<P, Adapter, kRanks>(pair, stage.A, k, rank);
-    });
+    if (args.dropout.threshold > 0) drop_rows(stage.x, row0, (first + tile) * kTileCols, seed, args.dropout.threshold);
+    row_product<P, T, kRanks>(
+        sum, stage.x, [&](SkinnyPair<P>& pair, int k, int rank) { load_A<P, Adapter, kRanks>(pair, stage.A, k, rank); });
   }
   store_rows<kRanks>(sum, args.sums + blockIdx.y * args.M * args.r, row0, rank0, args.M, args.r, args.dropout.keep_scale);
-}
-
-template <typename T, typename Adapter, int kRanks, bool kVector>
-void launch(const Args& args, void* stream) {
-  using S = Stage<T, Adapter, kRanks>;
-  constexpr int kBytes = kStagesOf<S> * sizeof(S);
-  const dim3 grid(ceil_div(args.M, kTileRows), args.split.count, ceil_div(args.r, kRanks));
-  launch_kernel(lora_down_kernel<T, Adapter, kRanks, kVector>, grid, kThreads, kBytes, args, stream);
 }
 
 }  // namespace
@@ -120,7 +109,13 @@ void launch_lora_down(const LoraDown& op, void* stream) {
   args.sums = args.split.count == 1 ? op.S : op.workspace;
   const bool vector = vectors(op.x, op.x_row_stride, op.x_dtype) && vectors(op.lora_A, op.K, op.adapter_dtype);
   dispatch(op.x_dtype, op.adapter_dtype, op.r, vector, [&](auto t, auto adapter, auto ranks, auto is_vector) {
-    launch<typename decltype(t)::type, typename decltype(adapter)::type, decltype(ranks)::value, decltype(is_vector)::value>(args, stream);
+    using T = typename decltype(t)::type;
+    using Adapter = typename decltype(adapter)::type;
+    constexpr int kRanks = decltype(ranks)::value;
+    using S = Stage<T, Adapter, kRanks>;
+    const dim3 grid(ceil_div(op.M, kTileRows), args.split.count, ceil_div(op.r, kRanks));
+    launch("lora_down", lora_down_kernel<T, Adapter, kRanks, decltype(is_vector)::value>, grid, kThreads,
+           kStagesOf<S> * sizeof(S), stream, args, shapes("M", op.M, "K", op.K, "r", op.r));
   });
   if (args.split.count > 1) {
     launch_reduce({{{args.sums, args.split.count, op.M * op.r, op.S, DType::f32}}}, stream);
@@ -134,5 +129,5 @@ extern "C" int64_t lora_ops_lora_down_workspace_bytes(const lora_ops::LoraDown* 
 }
 
 extern "C" int lora_ops_lora_down(const lora_ops::LoraDown* params, void* stream) {
-  return lora_ops::guarded([&] { lora_ops::launch_lora_down(*params, stream); });
+  return lora_ops::report_errors([&] { lora_ops::launch_lora_down(*params, stream); });
 }

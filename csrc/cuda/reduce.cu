@@ -25,10 +25,10 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const Reductions
       static_cast<float*>(reduction.out)[i] = sum;
       break;
     case DType::bf16:
-      static_cast<__nv_bfloat16*>(reduction.out)[i] = __float2bfloat16_rn(sum);
+      static_cast<Bf16*>(reduction.out)[i] = from_float<Bf16>(sum);
       break;
     case DType::f16:
-      static_cast<__half*>(reduction.out)[i] = __float2half_rn(sum);
+      static_cast<Half*>(reduction.out)[i] = from_float<Half>(sum);
       break;
   }
 }
@@ -40,8 +40,7 @@ void launch_reduce(const Reductions& reductions, void* stream) {
   for (const Reduction& reduction : reductions.item) largest = std::max(largest, reduction.size);
   if (largest == 0) return;
   const dim3 grid(static_cast<unsigned>(ceil_div(largest, kReduceThreads)), kMaxReductions);
-  reduce_kernel<<<grid, kReduceThreads, 0, static_cast<cudaStream_t>(stream)>>>(reductions);
-  check_launch("reduce");
+  launch("reduce", reduce_kernel, grid, kReduceThreads, 0, stream, reductions, shapes("size", largest));
 }
 
 }  // namespace lora_ops

@@ -25,7 +25,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../philox.h"
 #include "skinny.h"
 #include "tile.cuh"
 
@@ -34,7 +33,7 @@ namespace lora_ops {
 constexpr int kTileRows = 64;
 constexpr int kTileCols = 128;
 constexpr int kWarps = 4;
-constexpr int kThreads = 32 * kWarps;
+constexpr int kThreads = kWarp * kWarps;
 constexpr int kWarpRows = kTileRows / kWarps;
 static_assert(kTileCols == kDropoutGroup, "a tile's columns are one group of Philox counters");
 
@@ -54,7 +53,7 @@ struct Tile {
   using Element = E;
   static constexpr int kRows = kRowCount;
   static constexpr int kCols = kColCount;
-  static constexpr int kPerChunk = 16 / sizeof(E);
+  static constexpr int kPerChunk = kVectorBytes / sizeof(E);
   static constexpr int kChunks = kCols / kPerChunk;  // per row
   static constexpr int kBytes = kRows * kCols * sizeof(E);
   static_assert(kCols % kPerChunk == 0 && kBytes % 128 == 0, "whole chunks, and tiles that start in bank 0");
@@ -64,6 +63,7 @@ struct Tile {
     if (kAccess == Access::kColumns) return (row >> 1 & 3) << 1;
     return kChunks >= 8 ? row & 7 : row / (8 / kChunks) & (kChunks - 1);
   }
+  // In elements.
   __device__ static constexpr int offset(int row, int col) {
     return (((row * kChunks + col / kPerChunk) ^ swizzle(row)) * kPerChunk) + col % kPerChunk;
   }
@@ -75,7 +75,8 @@ using WideTile = Tile<T, kTileRows, kTileCols, Access::kLdmatrix>;
 template <int kRanks>
 using SkinnyTile = Tile<float, kTileRows, kRanks, Access::kColumns>;
 
-// A tile's part of a matrix: `rows` x `cols` elements from `data` on, rows `stride` elements apart; the rest of the tile is zero.
+// A tile's part of a matrix: `rows` x `cols` elements from `data` on, rows `stride` elements apart; the rest of the tile is
+// zero.
 template <typename E>
 struct Window {
   const E* data;
@@ -95,11 +96,11 @@ __device__ __forceinline__ void load_tile(typename Tile::Element* tile, const Wi
     const int bytes = static_cast<int>(max(min(from.cols - col, int64_t{Tile::kPerChunk}), int64_t{0})) * sizeof(E);
     const int rows = static_cast<int>(min(from.rows, int64_t{Tile::kRows}));
     const E* source = from.data + first_row * from.stride + col;
-    E* target = tile + Tile::offset(first_row, col);
+    const uint32_t target = shared_address(tile + Tile::offset(first_row, col));
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int count = first_row + i * kRowStep < rows ? bytes : 0;
-      cp_async16(target + i * kThreads * Tile::kPerChunk, count > 0 ? source : from.data, count);
+      cp_async16(target + i * kThreads * kVectorBytes, count > 0 ? source : from.data, count);
       source += kRowStep * from.stride;
     }
   } else {
@@ -117,7 +118,7 @@ template <typename T, typename Adapter>
 struct Parts {
   static constexpr bool kSplit = std::is_same_v<Adapter, float>;
   static_assert(kSplit || std::is_same_v<Adapter, T>, "adapters have x's dtype or are fp32");
-  using Mma = std::conditional_t<kSplit, __nv_bfloat16, T>;
+  using Mma = std::conditional_t<kSplit, Bf16, T>;
   static constexpr int kSkinny = kSplit ? 3 : 1;
   static constexpr int kWide = std::is_same_v<Mma, T> ? 1 : 2;
 };
@@ -128,15 +129,6 @@ __device__ __forceinline__ uint32_t upper_halves(float a, float b) {
 }
 __device__ __forceinline__ float without_upper_half(float a) {
   return a - __uint_as_float(__float_as_uint(a) & 0xffff0000u);
-}
-
-__device__ __forceinline__ uint32_t pack(float a, float b, __nv_bfloat16) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-__device__ __forceinline__ uint32_t pack(float a, float b, __half) {
-  const __half2 pair = __floats2half2_rn(a, b);
-  return reinterpret_cast<const uint32_t&>(pair);
 }
 
 // The k16 x n8 fragment of a skinny operand: lane (g, t) has k = 2t, 2t + 1, 2t + 8, 2t + 9 of column g.
@@ -152,7 +144,7 @@ struct SkinnyFragment {
         a = without_upper_half(a), b = without_upper_half(b);
       }
     } else {
-      part[0][half] = pack(a, b, typename P::Mma{});
+      part[0][half] = P::Mma::pair(a, b);
     }
   }
 };
@@ -172,9 +164,9 @@ struct WideFragment {
       if constexpr (P::kWide == 1) {
         part[0][i] = raw[i];
       } else {
-        const float2 v = __half22float2(reinterpret_cast<const __half2&>(raw[i]));
-        part[0][i] = upper_halves(v.x, v.y);
-        part[1][i] = upper_halves(without_upper_half(v.x), without_upper_half(v.y));
+        const float first = Half::first(raw[i]), second = Half::second(raw[i]);
+        part[0][i] = upper_halves(first, second);
+        part[1][i] = upper_halves(without_upper_half(first), without_upper_half(second));
       }
     }
   }
@@ -187,22 +179,26 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const WideFragment<P>&
   for (int order = P::kSkinny - 1; order >= 0; --order) {
 #pragma unroll
     for (int i = 0; i < P::kWide && i <= order; ++i) {
-      mma<typename P::Mma>(sum, wide.part[i], skinny.part[order - i][0], skinny.part[order - i][1]);
+      P::Mma::mma(sum, wide.part[i], skinny.part[order - i][0], skinny.part[order - i][1]);
     }
   }
 }
 
-__device__ __forceinline__ int lane_id() {
-  return threadIdx.x & 31;
-}
 __device__ __forceinline__ int warp_id() {
-  return threadIdx.x >> 5;
+  return threadIdx.x / kWarp;
+}
+
+// ldmatrix of the 16 x 16 elements from (row, col) on.
+template <bool kTranspose, typename Tile>
+__device__ __forceinline__ void load_fragment(uint32_t (&raw)[4], const typename Tile::Element* tile, int row, int col,
+                                              LaneChunk lane) {
+  ldmatrix_x4<kTranspose>(raw, shared_address(tile + Tile::offset(row + lane.row, col + lane.chunk * Tile::kPerChunk)));
 }
 
 // Fragments of rows k, k + 1, ... of an fp32 tile whose columns are ranks.
 template <typename P, typename Tile>
 __device__ __forceinline__ void skinny_from_columns(SkinnyPair<P>& pair, const float* tile, int k, int rank) {
-  const int g = lane_id() >> 2, row = k + 2 * (lane_id() & 3);
+  const int g = fragment_row(lane_id()), row = k + fragment_col(lane_id());
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -220,7 +216,7 @@ __device__ __forceinline__ void row_product(float (&sum)[kRanks / 8][4], const T
 #pragma unroll
   for (int k = 0; k < kTileCols; k += 16) {
     uint32_t raw[4];
-    ldmatrix_x4(raw, tile + WideTile<T>::offset(warp_id() * kWarpRows + (lane_id() & 15), k + (lane_id() >> 4) * 8));
+    load_fragment<false, WideTile<T>>(raw, tile, warp_id() * kWarpRows, k, rows_first(lane_id()));
     const WideFragment<P> wide(raw);
 #pragma unroll
     for (int rank = 0; rank < kRanks; rank += 16) {
@@ -240,8 +236,9 @@ __device__ __forceinline__ int warp_column(int half, int i) {
 // The m16 x k16 fragment of the wide tile's transpose: this warp's columns of `half`, rows k...k + 15.
 template <typename T>
 __device__ __forceinline__ void load_columns(uint32_t (&raw)[4], const T* tile, int half, int k) {
-  const int row = k + (lane_id() & 7) + 8 * (lane_id() >> 4);
-  ldmatrix_x4_trans(raw, tile + WideTile<T>::offset(row, warp_column(half, lane_id() & 8)));
+  const LaneChunk lane = chunks_first(lane_id());
+  const int offset = WideTile<T>::offset(k + lane.row, warp_column(half, kVectorElements * lane.chunk));
+  ldmatrix_x4<true>(raw, shared_address(tile + offset));
 }
 
 // each(raw, half) for every fragment of this warp's 32 columns of the wide tile, transposed.
@@ -289,14 +286,14 @@ __device__ __forceinline__ void for_each_sum(const float (&sum)[kRanks / 8][4], 
 #pragma unroll
   for (int n = 0; n < kRanks / 8; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) store((lane_id() >> 2) + 8 * (e / 2), 8 * n + 2 * (lane_id() & 3) + e % 2, sum[n][e]);
+    for (int e = 0; e < 4; ++e) store(fragment_row(lane_id()) + e / 2 * 8, 8 * n + fragment_col(lane_id()) + e % 2, sum[n][e]);
   }
 }
 
 // out (rows, r) = factor * sum: this warp's 16 rows of the tile that starts at `row`, ranks from `rank` on.
 template <int kRanks>
-__device__ __forceinline__ void store_rows(const float (&sum)[kRanks / 8][4], float* out, int64_t row, int64_t rank, int64_t rows,
-                                           int64_t r, float factor) {
+__device__ __forceinline__ void store_rows(const float (&sum)[kRanks / 8][4], float* out, int64_t row, int64_t rank,
+                                           int64_t rows, int64_t r, float factor) {
   for_each_sum<kRanks>(sum, [&](int i, int n, float value) {
     const int64_t to = row + warp_id() * kWarpRows + i;
     if (to < rows && rank + n < r) out[to * r + rank + n] = factor * value;
@@ -305,28 +302,22 @@ __device__ __forceinline__ void store_rows(const float (&sum)[kRanks / 8][4], fl
 
 // Zeroes what is dropped of the pairs of columns 2 * pair + 32 w, w = 0...3, in one row of the tile.
 template <typename T>
-__device__ __forceinline__ void drop_pairs(T* tile, int row, int pair, int64_t global_row, uint32_t counter, uint64_t seed,
-                                           uint32_t threshold) {
-  const Philox4 random =
-      philox(counter + pair, static_cast<uint32_t>(global_row), static_cast<uint32_t>(global_row >> 32), 0, seed);
+__device__ __forceinline__ void drop_pairs(T* tile, int row, int pair, const Philox4& random, uint32_t threshold) {
 #pragma unroll
   for (int word = 0; word < kDropoutWords; ++word) {
-    const uint32_t bits = random.v[word];
-    const uint32_t keep = ((bits & 0xffffu) >= threshold ? 0x0000ffffu : 0u) | (bits >> 16 >= threshold ? 0xffff0000u : 0u);
-    uint32_t* elements = reinterpret_cast<uint32_t*>(tile + WideTile<T>::offset(row, 2 * pair + 32 * word));
-    *elements &= keep;
+    *reinterpret_cast<uint32_t*>(tile + WideTile<T>::offset(row, 2 * pair + 32 * word)) &= keep_pair(random.v[word], threshold);
   }
 }
 
-// Drops elements of this warp's 16 rows. The tile starts at (row, col) of x. Lanes 16...31 are four rows below lanes 0...15: their
-// swizzle differs in the bit that puts them into the other 64 bytes.
+// Drops elements of this warp's 16 rows. The tile starts at (row, col) of x. Lanes 16...31 are four rows below lanes 0...15:
+// their swizzle differs in the bit that puts them into the other 64 bytes.
 template <typename T>
 __device__ __forceinline__ void drop_rows(T* tile, int64_t row, int64_t col, uint64_t seed, uint32_t threshold) {
-  const uint32_t counter = static_cast<uint32_t>(col / kDropoutGroup * kDropoutCounters);
+  const int pair = lane_id() % 16;
 #pragma unroll 2
   for (int i = 0; i < kWarpRows / 2; ++i) {
-    const int tile_row = warp_id() * kWarpRows + (i & 3) + 8 * (i >> 2) + 4 * (lane_id() >> 4);
-    drop_pairs(tile, tile_row, lane_id() & 15, row + tile_row, counter, seed, threshold);
+    const int tile_row = warp_id() * kWarpRows + i % 4 + 8 * (i / 4) + 4 * (lane_id() / 16);
+    drop_pairs(tile, tile_row, pair, dropout_bits(seed, row + tile_row, col + 2 * pair), threshold);
   }
   __syncwarp();
 }
@@ -334,11 +325,11 @@ __device__ __forceinline__ void drop_rows(T* tile, int64_t row, int64_t col, uin
 // Drops elements of this warp's 32 columns.
 template <typename T>
 __device__ __forceinline__ void drop_columns(T* tile, int64_t row, int64_t col, uint64_t seed, uint32_t threshold) {
-  const uint32_t counter = static_cast<uint32_t>(col / kDropoutGroup * kDropoutCounters);
+  const int pair = 4 * warp_id() + lane_id() % 4;
 #pragma unroll 2
   for (int i = 0; i < kTileRows / 8; ++i) {
-    const int tile_row = 8 * i + (lane_id() >> 2);
-    drop_pairs(tile, tile_row, 4 * warp_id() + (lane_id() & 3), row + tile_row, counter, seed, threshold);
+    const int tile_row = 8 * i + lane_id() / 4;
+    drop_pairs(tile, tile_row, pair, dropout_bits(seed, row + tile_row, col + 2 * pair), threshold);
   }
   __syncwarp();
 }

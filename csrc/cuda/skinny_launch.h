@@ -1,15 +1,11 @@
 // From what a skinny op is at run time to the kernel compiled for it.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cstdint>
 #include <type_traits>
 
-#include "check.h"
 #include "skinny.h"
+#include "tile.cuh"
 
 namespace lora_ops {
 
@@ -41,14 +37,7 @@ void dispatch(DType x, DType adapter, int64_t r, bool vector, Call call) {
     }
   };
   const auto with_adapter = [&](auto t) { adapter == DType::f32 ? with_ranks(t, Type<float>{}) : with_ranks(t, t); };
-  x == DType::bf16 ? with_adapter(Type<__nv_bfloat16>{}) : with_adapter(Type<__half>{});
-}
-
-template <typename Args>
-void launch_kernel(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, const Args& args, void* stream) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "cudaFuncSetAttribute");
-  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args);
-  check(cudaGetLastError(), "launch");
+  x == DType::bf16 ? with_adapter(Type<Bf16>{}) : with_adapter(Type<Half>{});
 }
 
 }  // namespace lora_ops
