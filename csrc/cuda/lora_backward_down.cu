@@ -73,9 +73,11 @@ __global__ void __launch_bounds__(kThreads) lora_backward_down_kernel(const Args
   float* const out = args.sums + blockIdx.y * args.r * args.K;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    for_each_sum<kRanks>(sum[half], [&](int i, int n, float value) {
+    for_each_pair<kRanks>(sum[half], [&](int i, int n, float2 v) {
       const int64_t col = col0 + warp_column(half, i), rank = rank0 + n;
-      if (col < args.K && rank < args.r) out[rank * args.K + col] = args.dropout.keep_scale * value;
+      if (col >= args.K) return;
+      if (rank < args.r) out[rank * args.K + col] = args.dropout.keep_scale * v.x;
+      if (rank + 1 < args.r) out[(rank + 1) * args.K + col] = args.dropout.keep_scale * v.y;
     });
   }
 }

@@ -126,6 +126,7 @@ __global__ void __launch_bounds__(kThreads) lora_backward_up_kernel(const Args a
     const Adapter* const B = static_cast<const Adapter*>(args.lora_B) + col0 * args.r + rank0;
     load_tile<BTile<Adapter, kRanks>, false>(shared.B, {B, args.r, args.N - col0, args.r - rank0});
   }
+  const SumRows dS_rows(args.dS_sums + blockIdx.x * args.M * args.r, args.M, args.r, rank0, args.scaling);
   for (int step = 0; step < steps; ++step) {
     float dS[kRanks / 8][4] = {};
 #pragma unroll
@@ -149,27 +150,21 @@ __global__ void __launch_bounds__(kThreads) lora_backward_up_kernel(const Args a
         each_column_fragment(wide, add_dbias);
       }
     }
-    if (want_dS) {
-      float* const out = args.dS_sums + blockIdx.x * args.M * args.r;
-      store_rows<kRanks>(dS, out, (first + step) * kTileRows, rank0, args.M, args.r, args.scaling);
-    }
+    if (want_dS) store_rows<kRanks>(dS, dS_rows, (first + step) * kTileRows);
   }
 
+  const SumRows dB_rows(args.dB_sums + blockIdx.y * args.N * args.r, args.N, args.r, rank0, args.scaling);
 #pragma unroll
   for (int i = 0; i < 2 * kWide; ++i) {
     const int tile = i / 2, half = i % 2;
     const int64_t col = col0 + tile * kTileCols;
     if (want_dB) {
-      float* const out = args.dB_sums + blockIdx.y * args.N * args.r;
-      for_each_sum<kRanks>(dB[tile][half], [&](int m, int n, float value) {
-        const int64_t to = col + warp_column(half, m), rank = rank0 + n;
-        if (to < args.N && rank < args.r) out[to * args.r + rank] = args.scaling * value;
-      });
+      for_each_pair<kRanks>(dB[tile][half], [&](int m, int n, float2 v) { dB_rows.store(col + warp_column(half, m), n, v); });
     }
-    if (want_dbias && (lane_id() & 3) == 0) {  // the n8 columns of the product are all the same
+    if (want_dbias && fragment_col(lane_id()) == 0) {  // the n8 columns of the product are all the same
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        const int64_t to = col + warp_column(half, (lane_id() >> 2) + 8 * m);
+        const int64_t to = col + warp_column(half, fragment_row(lane_id()) + 8 * m);
         if (to < args.N) args.dbias_sums[blockIdx.y * args.N + to] = dbias[tile][half][2 * m];
       }
     }

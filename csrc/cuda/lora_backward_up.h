@@ -15,9 +15,9 @@ struct LoraBackwardUp {
   const float* S = nullptr;      // (M, r) contiguous
   DType adapter_dtype = DType::bf16;
   float scaling = 1.f;
-  float* dS = nullptr;     // (M, r) contiguous
-  void* dB = nullptr;      // (N, r) contiguous
-  void* dbias = nullptr;   // (N)
+  float* dS = nullptr;    // (M, r) contiguous
+  void* dB = nullptr;     // (N, r) contiguous
+  void* dbias = nullptr;  // (N)
   DType dbias_dtype = DType::bf16;
   float* workspace = nullptr;
   int sm_count = 0;  // how many SMs the work is spread over: with the shapes, it fixes the order of summation

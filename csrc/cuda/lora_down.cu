@@ -93,7 +93,8 @@ __global__ void __launch_bounds__(kThreads) lora_down_kernel(const Args args) {
     row_product<P, T, kRanks>(
         sum, stage.x, [&](SkinnyPair<P>& pair, int k, int rank) { load_A<P, Adapter, kRanks>(pair, stage.A, k, rank); });
   }
-  store_rows<kRanks>(sum, args.sums + blockIdx.y * args.M * args.r, row0, rank0, args.M, args.r, args.dropout.keep_scale);
+  const SumRows to(args.sums + blockIdx.y * args.M * args.r, args.M, args.r, rank0, args.dropout.keep_scale);
+  store_rows<kRanks>(sum, to, row0);
 }
 
 }  // namespace

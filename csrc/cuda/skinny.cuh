@@ -280,24 +280,51 @@ __device__ __forceinline__ void column_product(float (&sum)[2][kRanks / 8][4], c
   }
 }
 
-// store(i, rank, value) for every element that this lane has of an m16 x kRanks sum.
+// store(i, rank, values of rank and rank + 1) for every pair that this lane has of an m16 x kRanks sum.
 template <int kRanks, typename Store>
-__device__ __forceinline__ void for_each_sum(const float (&sum)[kRanks / 8][4], Store store) {
+__device__ __forceinline__ void for_each_pair(const float (&sum)[kRanks / 8][4], Store store) {
 #pragma unroll
   for (int n = 0; n < kRanks / 8; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) store(fragment_row(lane_id()) + e / 2 * 8, 8 * n + fragment_col(lane_id()) + e % 2, sum[n][e]);
+    for (int half = 0; half < 2; ++half) {
+      const float2 pair = {sum[n][2 * half], sum[n][2 * half + 1]};
+      store(fragment_row(lane_id()) + 8 * half, 8 * n + fragment_col(lane_id()), pair);
+    }
   }
 }
 
-// out (rows, r) = factor * sum: this warp's 16 rows of the tile that starts at `row`, ranks from `rank` on.
+// Where sums (rows, r) go, ranks from rank0 on.
+struct SumRows {
+  float* out;
+  int64_t rows, r, rank0;
+  float factor;
+  bool pairs;  // out may be written two at a time: four lanes then fill a sector
+
+  __device__ __forceinline__ SumRows(float* to, int64_t rows_, int64_t r_, int64_t rank0_, float factor_)
+      : out(to),
+        rows(rows_),
+        r(r_),
+        rank0(rank0_),
+        factor(factor_),
+        pairs(r_ % 2 == 0 && reinterpret_cast<uintptr_t>(to) % 8 == 0) {}
+
+  __device__ __forceinline__ void store(int64_t row, int n, float2 v) const {
+    const int64_t rank = rank0 + n;
+    if (row >= rows || rank >= r) return;
+    float* const to = out + row * r + rank;
+    if (pairs) {
+      __stcg(reinterpret_cast<float2*>(to), {factor * v.x, factor * v.y});  // a plain store is taken apart by the compiler
+    } else {
+      to[0] = factor * v.x;
+      if (rank + 1 < r) to[1] = factor * v.y;
+    }
+  }
+};
+
+// This warp's 16 rows of the tile that starts at `row`.
 template <int kRanks>
-__device__ __forceinline__ void store_rows(const float (&sum)[kRanks / 8][4], float* out, int64_t row, int64_t rank,
-                                           int64_t rows, int64_t r, float factor) {
-  for_each_sum<kRanks>(sum, [&](int i, int n, float value) {
-    const int64_t to = row + warp_id() * kWarpRows + i;
-    if (to < rows && rank + n < r) out[to * r + rank + n] = factor * value;
-  });
+__device__ __forceinline__ void store_rows(const float (&sum)[kRanks / 8][4], const SumRows& to, int64_t row) {
+  for_each_pair<kRanks>(sum, [&](int i, int n, float2 v) { to.store(row + warp_id() * kWarpRows + i, n, v); });
 }
 
 // Zeroes what is dropped of the pairs of columns 2 * pair + 32 w, w = 0...3, in one row of the tile.
