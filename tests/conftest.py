@@ -1,10 +1,14 @@
 import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
 import torch
+from ptx.device import Device
 
 import lora_ops
+
+NO_NVCC = "CUDA kernels were NOT tested: nvcc was not found"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,3 +25,22 @@ def global_state() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> str:
+    path = shutil.which("nvcc")
+    if path is None:
+        pytest.skip(NO_NVCC)
+    return path
+
+
+@pytest.fixture(scope="session")
+def device(nvcc: str) -> Device:
+    """The kernels of csrc/cuda on a device that runs PTX on the CPU."""
+    return Device()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if any(NO_NVCC in str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])):
+        terminalreporter.section(NO_NVCC, red=True)
