@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import BF16, F16, F32, assert_within_bound, error
-from skinny import DTYPES, Dropout, lora_backward_down, normal, strided
+from skinny import DTYPES, Dropout, lora_backward_down, normal, products, strided
 
 pytestmark = pytest.mark.cuda
 
@@ -56,11 +56,29 @@ def test_alignment_and_strides_change_nothing(device, dtypes):
 
 @pytest.mark.parametrize("sm_count", [1, 3, 100])
 def test_repeats_bit_for_bit(device, sm_count):
-    """However many splits."""
+    """However many splits, and in whatever order blocks and warps run."""
+    results = []
+    for reverse in (False, True):
+        with device.run(arch=80, reverse=reverse) as run:
+            x, dS = normal(400, 20, dtype=BF16), normal(400, 5, dtype=F32)
+            results.append(lora_backward_down(run.library, dS, x, F32, sm_count=sm_count))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("r", [16, 32, 64])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_traffic(device, dtypes, r):
+    """x is read once, dS once per 128 columns, and every access of memory takes as long as its bytes must."""
+    M, K = 128, 256
     with device.run(arch=80) as run:
-        x, dS = normal(400, 20, dtype=BF16), normal(400, 5, dtype=F32)
-        first, second = (lora_backward_down(run.library, dS, x, F32, sm_count=sm_count) for _ in range(2))
-    assert torch.equal(first, second)
+        x, dS = normal(M, K, dtype=dtypes.x), normal(M, r, dtype=F32)
+        lora_backward_down(run.library, dS, x, dtypes.adapter, dropout=Dropout(0.1), sm_count=1)
+    counters = run.counters.matching(entry="lora_backward_down_kernel")
+    column_tiles = K // 128
+    assert counters.matching("cp.async").total("global_bytes") == x.nbytes + column_tiles * dS.nbytes
+    assert counters.mma_count == products(dtypes) * (M // 16) * (K // 16) * (r // 8)
+    assert counters.bank_conflicts == []
+    assert counters.total("sectors") == counters.total("ideal_sectors")
 
 
 def test_without_rows_the_gradient_is_zero(device):

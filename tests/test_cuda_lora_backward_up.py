@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from compare import BF16, F16, F32, Dtypes, assert_within_bound, error
-from skinny import DTYPES, lora_backward_up, normal, strided
+from skinny import DTYPES, lora_backward_up, normal, products, strided
 
 pytestmark = pytest.mark.cuda
 
@@ -70,11 +70,30 @@ def test_alignment_and_strides_change_nothing(device, dtypes):
 
 @pytest.mark.parametrize("sm_count", [1, 3, 100])
 def test_repeats_bit_for_bit(device, sm_count):
-    """However many splits."""
+    """However many splits, and in whatever order blocks and warps run."""
+    results = []
+    for reverse in (False, True):
+        with device.run(arch=80, reverse=reverse) as run:
+            dy, B, S = normal(300, 40, dtype=BF16), normal(40, 5, dtype=F32), normal(300, 5, dtype=F32)
+            results.append(lora_backward_up(run.library, dy, B, S, SCALING, sm_count=sm_count))
+    assert all(torch.equal(results[1][name], results[0][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("r", [16, 32, 64])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_traffic(device, dtypes, r):
+    """One pass over dy; S once per block of columns; and every access in the loop takes as long as its bytes must."""
+    M, N = 128, 256
     with device.run(arch=80) as run:
-        dy, B, S = normal(300, 40, dtype=BF16), normal(40, 5, dtype=F32), normal(300, 5, dtype=F32)
-        first, second = (lora_backward_up(run.library, dy, B, S, SCALING, sm_count=sm_count) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+        dy, B, S = normal(M, N, dtype=dtypes.x), normal(N, r, dtype=dtypes.adapter), normal(M, r, dtype=F32)
+        lora_backward_up(run.library, dy, B, S, SCALING, sm_count=1)
+    counters = run.counters.matching(entry="lora_backward_up_kernel")
+    column_blocks = N // (256 if r <= 32 else 128)
+    assert counters.matching("cp.async").total("global_bytes") == dy.nbytes + column_blocks * S.nbytes
+    of_dy = (M // 16) * (N // 16)
+    assert counters.mma_count == of_dy * (2 * products(dtypes) * (r // 8) + 1)  # dS, dB and dbias
+    assert counters.bank_conflicts == []
+    assert counters.total("sectors") == counters.total("ideal_sectors")
 
 
 def test_bias_in_fp32(device):

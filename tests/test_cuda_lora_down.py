@@ -6,7 +6,7 @@ S is fp32 in eager, too, so eager's error here is that of an fp32 product.
 import pytest
 import torch
 from compare import BF16, F16, F32, Dtypes, assert_within_bound, error
-from skinny import DTYPES, Dropout, lora_down, normal, strided
+from skinny import DTYPES, Dropout, lora_down, normal, products, strided
 
 pytestmark = pytest.mark.cuda
 
@@ -64,11 +64,29 @@ def test_alignment_and_strides_change_nothing(device, dtypes):
 
 @pytest.mark.parametrize("sm_count", [1, 3, 100])
 def test_repeats_bit_for_bit(device, sm_count):
-    """However many splits."""
+    """However many splits, and in whatever order blocks and warps run."""
+    results = []
+    for reverse in (False, True):
+        with device.run(arch=80, reverse=reverse) as run:
+            x, A = normal(40, 700, dtype=BF16), normal(5, 700, dtype=F32)
+            results.append(lora_down(run.library, x, A, sm_count=sm_count))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("r", [16, 32, 64])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_traffic(device, dtypes, r):
+    """x is read once, A once per 64 rows, and every access of memory takes as long as its bytes must."""
+    M, K = 128, 256
     with device.run(arch=80) as run:
-        x, A = normal(40, 700, dtype=BF16), normal(5, 700, dtype=F32)
-        first, second = (lora_down(run.library, x, A, sm_count=sm_count) for _ in range(2))
-    assert torch.equal(first, second)
+        x, A = normal(M, K, dtype=dtypes.x), normal(r, K, dtype=dtypes.adapter)
+        lora_down(run.library, x, A, dropout=Dropout(0.1), sm_count=1)
+    counters = run.counters.matching(entry="lora_down_kernel")
+    row_tiles = M // 64
+    assert counters.matching("cp.async").total("global_bytes") == x.nbytes + row_tiles * A.nbytes
+    assert counters.mma_count == products(dtypes) * (M // 16) * (K // 16) * (r // 8)
+    assert counters.bank_conflicts == []
+    assert counters.total("sectors") == counters.total("ideal_sectors")
 
 
 def test_no_rows(device):
