@@ -58,7 +58,7 @@ __device__ __forceinline__ void load_A(SkinnyPair<P>& pair, const Adapter* A, in
 }
 
 template <typename T, typename Adapter, int kRanks, bool kVector>
-__global__ void __launch_bounds__(kThreads) lora_down_kernel(const Args args) {
+__global__ void __launch_bounds__(kThreads, 3) lora_down_kernel(const Args args) {
   using P = Parts<T, Adapter>;
   constexpr int kStages = kStagesOf<Stage<T, Adapter, kRanks>>;
   auto* const ring = reinterpret_cast<Stage<T, Adapter, kRanks>*>(shared_memory());
