@@ -91,11 +91,11 @@ __device__ __forceinline__ void load_B(SkinnyPair<P>& pair, const Adapter* B, in
 template <typename T, typename Adapter, int kRanks, bool kVector>
 __global__ void __launch_bounds__(kThreads) lora_backward_up_kernel(const Args args) {
   using P = Parts<T, Adapter>;
-  constexpr int kWide = kTiles<kRanks>, kRing = kStages<kRanks>;
-  static_assert(kRing - 1 <= kWide, "S of the next step is loaded when nothing reads S of the step before this one");
+  constexpr int kAcross = kTiles<kRanks>, kRing = kStages<kRanks>;
+  static_assert(kRing - 1 <= kAcross, "S of the next step is loaded when nothing reads S of the step before this one");
   auto& shared = *reinterpret_cast<Shared<T, Adapter, kRanks>*>(shared_memory());
 
-  const int64_t col0 = int64_t{blockIdx.x} * (kWide * kTileCols);
+  const int64_t col0 = int64_t{blockIdx.x} * (kAcross * kTileCols);
   const int64_t rank0 = int64_t{blockIdx.z} * kRanks;
   const int64_t first = blockIdx.y * args.split.each;
   const int steps = static_cast<int>(min(args.split.each, args.split.steps - first));
@@ -103,9 +103,9 @@ __global__ void __launch_bounds__(kThreads) lora_backward_up_kernel(const Args a
   const bool want_dS = args.dS != nullptr, want_dB = args.dB != nullptr;
   const bool want_dbias = args.dbias != nullptr && blockIdx.z == 0;
 
-  // Tile t of the walk: step t / kWide, tile t % kWide of the block's columns.
+  // Tile t of the walk: step t / kAcross, tile t % kAcross of the block's columns.
   const auto load = [&](int t) {
-    const int step = t / kWide, tile = t % kWide;
+    const int step = t / kAcross, tile = t % kAcross;
     if (step < steps) {
       const int64_t row = (first + step) * kTileRows, col = tile * kTileCols;
       load_tile<WideTile<T>, kVector>(
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) lora_backward_up_kernel(const Args a
     cp_async_commit();
   };
 
-  float dB[kWide][2][kRanks / 8][4] = {}, dbias[kWide][2][4] = {};
+  float dB[kAcross][2][kRanks / 8][4] = {}, dbias[kAcross][2][4] = {};
   const uint32_t ones = T::pair(1.f, 1.f);
 #pragma unroll
   for (int t = 0; t < kRing - 1; ++t) load(t);
@@ -130,8 +130,8 @@ __global__ void __launch_bounds__(kThreads) lora_backward_up_kernel(const Args a
   for (int step = 0; step < steps; ++step) {
     float dS[kRanks / 8][4] = {};
 #pragma unroll
-    for (int tile = 0; tile < kWide; ++tile) {
-      const int t = step * kWide + tile;
+    for (int tile = 0; tile < kAcross; ++tile) {
+      const int t = step * kAcross + tile;
       cp_async_wait<kRing - 2>();
       __syncthreads();
       load(t + kRing - 1);
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) lora_backward_up_kernel(const Args a
 
   const SumRows dB_rows(args.dB_sums + blockIdx.y * args.N * args.r, args.N, args.r, rank0, args.scaling);
 #pragma unroll
-  for (int i = 0; i < 2 * kWide; ++i) {
+  for (int i = 0; i < 2 * kAcross; ++i) {
     const int tile = i / 2, half = i % 2;
     const int64_t col = col0 + tile * kTileCols;
     if (want_dB) {

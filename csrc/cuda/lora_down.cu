@@ -6,7 +6,8 @@
 // and reduce.cu adds them up in order.
 //
 // Shared memory, per stage of the ring: x 64 x 128 (16 KB) and A kRanks x 128 (in fp32, 64 ranks: 32 KB). Two or three stages
-// are at most 96 KB, which every architecture has. Registers: kRanks / 2 sums per thread.
+// are at most 96 KB, which every architecture has. Registers: kRanks / 2 sums per thread; left alone,
+// ptxas takes 255 for addresses on sm_100 and later, hence the bound.
 #include "check.h"
 #include "lora_down.h"
 #include "reduce.h"

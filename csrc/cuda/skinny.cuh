@@ -13,9 +13,11 @@
 // gives. Either way a warp drops exactly the elements that it alone multiplies, in place, at the price of a __syncwarp.
 //
 // Parts. With adapters in x's dtype the skinny operand is rounded to it: what eager computes with. fp32 adapters promise fp32
-// gradients, so their operands are cut into three bf16 parts of 8 bits, v = v0 + v1 + v2 exactly, and bf16 x is one part.
+// gradients, so their operands are cut into three bf16 parts of 8 bits, v = v0 + v1 + v2 exactly (two would lose several times
+// what eager loses), and bf16 x is one part.
 // fp16 x is two bf16 parts: in fp16, the parts of a small gradient would fall below the smallest number. Products of parts
-// i + j > 2 are below fp32's last bit and left out. Scaling and 1 / (1 - p) multiply the fp32 sums.
+// i + j > 2 are below fp32's last bit and left out. With parts, an infinite operand gives NaN (infinity times a part that is
+// zero) where eager may give infinity. Scaling and 1 / (1 - p) multiply the fp32 sums.
 //
 // Swizzles. A tile's 16-byte chunks are numbered row by row, eight to the 128 bytes that shared memory serves at once, and a
 // chunk's number is XORed with a function of its row, such that the eight addresses of an ldmatrix, or the lanes of a load of
