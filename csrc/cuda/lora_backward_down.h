@@ -1,0 +1,24 @@
+// dA = dSᵀ drop(x)
+#pragma once
+
+#include "skinny.h"
+
+namespace lora_ops {
+
+struct LoraBackwardDown {
+  int64_t M = 0, K = 0, r = 0;
+  const float* dS = nullptr;  // (M, r) contiguous
+  const void* x = nullptr;    // (M, K), rows x_row_stride elements apart
+  int64_t x_row_stride = 0;
+  DType x_dtype = DType::bf16;
+  DeviceDropout dropout;
+  void* dA = nullptr;  // (r, K) contiguous
+  DType adapter_dtype = DType::bf16;
+  float* workspace = nullptr;
+  int sm_count = 0;  // how many SMs the work is spread over: with the shapes, it fixes the order of summation
+};
+
+int64_t workspace_bytes(const LoraBackwardDown& op);
+void launch_lora_backward_down(const LoraBackwardDown& op, void* stream);
+
+}  // namespace lora_ops
