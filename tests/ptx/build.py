@@ -20,7 +20,11 @@ HERE = Path(__file__).resolve().parent
 
 NVCC = shutil.which("nvcc")
 
-_HOST_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-Wall"]
+# -fwrapv: PTX integers wrap. No contraction: a mul and an add are rounded twice.
+_HOST_FLAGS = [
+    *("-std=c++17", "-O3", "-march=native", "-fPIC", "-Wall", "-Wextra"),
+    *("-fwrapv", "-fno-strict-aliasing", "-ffp-contract=off"),
+]
 _CUDA_FLAGS = [
     *("-std=c++17", "-O3", "-lineinfo", "-cudart", "none", "-Xcompiler", "-fPIC"),
     *("-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__"),
