@@ -6,6 +6,7 @@ from . import reference
 from ._version import __version__
 from .adapters import LoraConfig, add_lora, lora_layers, lora_parameters, merge_lora, remove_lora, unmerge_lora
 from .build_info import build_info
+from .cuda import dispatch as _cuda  # noqa: F401  (registers)
 from .functional import lora_linear, qlora_linear
 from .nn.linear import FusedLoraLinear
 from .ops import pack_weight

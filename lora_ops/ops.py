@@ -117,7 +117,7 @@ Matrix = tuple[int, int, int, int] | None
 FourBit = tuple[int, int, int, int, int, int, int]
 
 
-def _matrix(t: Tensor | None) -> Matrix:
+def matrix(t: Tensor | None) -> Matrix:
     """A tensor for the extension: address, row stride, column stride, dtype. A vector is one row."""
     if t is None:
         return None
@@ -167,8 +167,8 @@ def forward_kernel(
     S = torch.empty((M, r), dtype=torch.float32)
     A, B = lora_A.contiguous(), lora_B.contiguous()
     _C.lora_forward(
-        M, K, N, r, _matrix(rows), weight, 0 if panels is None else panels.data_ptr(), _matrix(A), _matrix(B),
-        _matrix(None if bias is None else bias.contiguous()), scaling, *_dropout(seed, dropout_p), _matrix(y), S.data_ptr(),
+        M, K, N, r, matrix(rows), weight, 0 if panels is None else panels.data_ptr(), matrix(A), matrix(B),
+        matrix(None if bias is None else bias.contiguous()), scaling, *_dropout(seed, dropout_p), matrix(y), S.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return S
@@ -197,9 +197,9 @@ def backward_kernel(
     dB = torch.empty((N, r) if need_dB else 0, dtype=lora_B.dtype)
     dbias = torch.empty(N if need_dbias else 0, dtype=g.dtype)
     _C.lora_backward(
-        M, K, N, r, _matrix(g), _matrix(rows), weight, _matrix(A), _matrix(B),
-        S.data_ptr() if need_dB and S is not None else 0, scaling, *_dropout(seed, dropout_p), _matrix(dx),
-        _matrix(dA if need_dA else None), _matrix(dB if need_dB else None), _matrix(dbias if need_dbias else None),
+        M, K, N, r, matrix(g), matrix(rows), weight, matrix(A), matrix(B),
+        S.data_ptr() if need_dB and S is not None else 0, scaling, *_dropout(seed, dropout_p), matrix(dx),
+        matrix(dA if need_dA else None), matrix(dB if need_dB else None), matrix(dbias if need_dbias else None),
         torch.get_num_threads(),
     )  # fmt: skip
     return dA, dB, dbias
@@ -224,9 +224,8 @@ def _lora_forward_cpu(
     N, rows = weight.shape[0], rows_of(x)
     external = panels is None and base_on_torch(x.dtype)
     y = rows @ weight.to(x.dtype).T if external else torch.empty((rows.shape[0], N), dtype=x.dtype)
-    weight = _strided(weight)
-    matrix = None if external else _matrix(weight)
-    S = forward_kernel(rows, matrix, panels, lora_A, lora_B, bias, seed, scaling, dropout_p, y)
+    operand = None if external else matrix(_strided(weight))
+    S = forward_kernel(rows, operand, panels, lora_A, lora_B, bias, seed, scaling, dropout_p, y)
     return y.view(*x.shape[:-1], N), S
 
 
@@ -248,9 +247,8 @@ def _lora_backward_cpu(
     K, g = weight.shape[1], rows_of(dy)
     external = need_dx and base_on_torch(dy.dtype)
     dx = g @ weight.to(g.dtype) if external else torch.empty((g.shape[0], K) if need_dx else 0, dtype=dy.dtype)
-    weight = _strided(weight)
-    matrix = _matrix(weight) if need_dx and not external else None
-    rest = backward_kernel(g, x, matrix, lora_A, lora_B, S, seed, scaling, dropout_p, dx if need_dx else None, *need)
+    operand = matrix(_strided(weight)) if need_dx and not external else None
+    rest = backward_kernel(g, x, operand, lora_A, lora_B, S, seed, scaling, dropout_p, dx if need_dx else None, *need)
     return dx.view(*dy.shape[:-1], K) if need_dx else dx, *rest
 
 
@@ -351,5 +349,5 @@ def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
     N, K = weight.shape
     weight = _strided(weight.detach())
     panels = torch.empty(_C.packed_size(N, K, _DTYPES[dtype], _DTYPES[weight.dtype]), dtype=torch.float32)
-    _C.pack_weight(N, K, _matrix(weight), _DTYPES[dtype], panels.data_ptr(), torch.get_num_threads())
+    _C.pack_weight(N, K, matrix(weight), _DTYPES[dtype], panels.data_ptr(), torch.get_num_threads())
     return panels

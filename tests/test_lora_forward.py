@@ -149,8 +149,8 @@ def test_nothing_outside_the_buffers_is_used_or_written(shape, dtypes):
         for dropout in ((0, 0, 1.0), (7, 30000, 2.0)):
             y, S = Poisoned(M, N, case.x.dtype), torch.full((M * r + 2 * MARGIN,), torch.nan)
             _C.lora_forward(
-                M, K, N, r, *map(ops._matrix, (x, w)), 0, *map(ops._matrix, (lora_A, lora_B, bias)), case.scaling,
-                *dropout, ops._matrix(y.inside), S[MARGIN:].data_ptr(), 1,
+                M, K, N, r, *map(ops.matrix, (x, w)), 0, *map(ops.matrix, (lora_A, lora_B, bias)), case.scaling,
+                *dropout, ops.matrix(y.inside), S[MARGIN:].data_ptr(), 1,
             )  # fmt: skip
             assert y.is_intact()
             assert S[MARGIN:-MARGIN].isfinite().all()

@@ -1,0 +1,80 @@
+"""lora_forward and lora_backward for CUDA tensors: by the kernels where there are some, else by reference.py."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..autograd import library
+from ..ops import backward_reference, check, forward_reference
+from . import ops
+from .path import choose
+
+
+@functools.cache
+def extension() -> Any:
+    """lora_ops._C_cuda, or None: it was not built, or torch has no CUDA."""
+    if torch.version.cuda is None:
+        return None
+    try:
+        from .. import _C_cuda
+    except ImportError:
+        return None
+    return _C_cuda
+
+
+def has_kernel(x: Tensor, weight: Tensor) -> bool:
+    return ops.has_kernel(x, weight) and extension() is not None
+
+
+@functools.cache
+def _sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def target(device: torch.device) -> ops.Target:
+    return ops.Target(extension(), _sm_count(device), torch.cuda.current_stream(device).cuda_stream)
+
+
+def lora_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    panels: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    if not has_kernel(x, weight):
+        return forward_reference(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p)
+    with torch.cuda.device(x.device):
+        args = (target(x.device), x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
+        return ops.forward(*args, split=choose("lora_forward", x, weight, lambda split: ops.forward(*args, split=split)))
+
+
+def lora_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    *need: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not has_kernel(dy, weight):
+        return backward_reference(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, *need)
+    with torch.cuda.device(dy.device):
+        args = (target(dy.device), dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, *need)
+        split = need[0] and choose("lora_backward", dy, weight, lambda split: ops.backward(*args, split=split))
+        return ops.backward(*args, split=split)
+
+
+library.impl("lora_forward", lora_forward, "CUDA")
+library.impl("lora_backward", lora_backward, "CUDA")

@@ -1,0 +1,135 @@
+"""lora_forward and lora_backward on a GPU, kernel by kernel.
+
+    lora_down           S = drop(x) Aᵀ
+    lora_forward        y = x W0ᵀ + scaling · S Bᵀ + bias
+    lora_backward_up    dS = scaling · dy B, dB = scaling · dyᵀ S, dbias = Σ_rows dy        one pass over dy
+    lora_backward_dx    dx = dy W0 + drop'(dS A)
+    lora_backward_down  dA = dSᵀ drop(x)
+
+`split` leaves x W0ᵀ and dy W0 to torch (cuBLAS), and the kernels add the rest. Every tensor is torch's, workspaces included; the
+dropout seed stays on the device; nothing waits for the GPU.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..ops import matrix, rows_of
+
+HALF = (torch.bfloat16, torch.float16)
+_LARGEST = 1 << 30  # of a dimension: kernels count in 32 bits
+
+
+class Target(NamedTuple):
+    """Where kernels run."""
+
+    extension: Any  # lora_ops._C_cuda
+    sm_count: int  # fixes, with the shapes, how sums are split and so their order
+    stream: int
+
+
+def has_kernel(x: Tensor, weight: Tensor) -> bool:
+    """bf16 and fp16. What is empty, too, goes to the reference."""
+    return x.dtype in HALF and x.numel() > 0 and weight.numel() > 0 and max(*x.shape, *weight.shape) < _LARGEST
+
+
+def _with_workspace(target: Target, name: str, device: torch.device, *args: Any) -> None:
+    size = getattr(target.extension, f"{name}_workspace")(*args)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    getattr(target.extension, name)(*args, workspace.data_ptr(), target.stream)
+
+
+def _dropout(seed: Tensor | None, p: float) -> tuple[int, int, float]:
+    """The address of the seed, which the kernels read on the device."""
+    if seed is None:
+        return 0, 0, 1.0
+    return seed.data_ptr(), reference.dropout_threshold(p), 1.0 / (1.0 - p)
+
+
+def _strided(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    weight = weight.to(dtype)
+    return weight if 1 in weight.stride() else weight.contiguous()
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def forward(
+    target: Target,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    split: bool,
+) -> tuple[Tensor, Tensor]:
+    """y (..., N) and S (M, r)."""
+    rows, A, B = rows_of(x), lora_A.contiguous(), lora_B.contiguous()
+    (M, K), (N, r) = rows.shape, B.shape
+    S = rows.new_empty((M, r), dtype=torch.float32)
+    _with_workspace(
+        target, "lora_down", x.device,
+        M, K, r, matrix(rows), matrix(A), _dropout(seed, dropout_p), S.data_ptr(), target.sm_count,
+    )  # fmt: skip
+    weight = _strided(weight, x.dtype)
+    y = rows @ weight.T if split else rows.new_empty((M, N))
+    target.extension.lora_forward(
+        M, K, N, r, matrix(rows), None if split else matrix(weight), matrix(B),
+        matrix(None if bias is None else bias.contiguous()), matrix(y), S.data_ptr(), scaling, target.stream,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], N), S
+
+
+def backward(
+    target: Target,
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+    need_dbias: bool,
+    split: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dA, dB, dbias; what is not needed comes back empty."""
+    g, A, B = rows_of(dy), lora_A.contiguous(), lora_B.contiguous()
+    (M, N), (r, K) = g.shape, A.shape
+    mask = _dropout(seed, dropout_p)
+    need_dS = need_dx or need_dA
+    dS = g.new_empty((M, r) if need_dS else 0, dtype=torch.float32)
+    dA, dB = A.new_empty(A.shape if need_dA else 0), B.new_empty(B.shape if need_dB else 0)
+    dbias = g.new_empty(N if need_dbias else 0)
+    if need_dS or need_dB or need_dbias:
+        _with_workspace(
+            target, "lora_backward_up", dy.device,
+            M, N, r, matrix(g), matrix(B), _address(S if need_dB else None), scaling, _address(dS if need_dS else None),
+            _address(dB if need_dB else None), matrix(dbias if need_dbias else None), target.sm_count,
+        )  # fmt: skip
+    dx = g.new_empty(0)
+    if need_dx:
+        weight = _strided(weight, dy.dtype)
+        dx = g @ weight if split else g.new_empty((M, K))
+        target.extension.lora_backward_dx(
+            M, K, N, r, matrix(g), None if split else matrix(weight), matrix(A), matrix(dx), dS.data_ptr(), mask, target.stream
+        )
+        dx = dx.view(*dy.shape[:-1], K)
+    if need_dA:
+        assert x is not None
+        rows = rows_of(x)
+        _with_workspace(
+            target, "lora_backward_down", dy.device,
+            M, K, r, dS.data_ptr(), matrix(rows), mask, matrix(dA), target.sm_count,
+        )  # fmt: skip
+    return dx, dA, dB, dbias
