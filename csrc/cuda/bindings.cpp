@@ -1,6 +1,7 @@
 // lora_ops._C_cuda: addresses, sizes and a stream in, nothing of torch. lora_ops/cuda/ops.py has checked the arguments.
 #include <pybind11/pybind11.h>
 
+#include "lora_backward_down.h"
 #include "lora_backward_dx.h"
 #include "lora_backward_up.h"
 #include "lora_down.h"
