@@ -65,8 +65,8 @@ Layout layout_of(const LoraBackwardUp& op) {
 
 // B of the block's columns: 16-bit for ldmatrix.trans, fp32 as S.
 template <typename Adapter, int kRanks>
-using BTile =
-    Tile<Adapter, kTiles<kRanks> * kTileCols, kRanks, std::is_same_v<Adapter, float> ? Access::kColumns : Access::kLdmatrix>;
+using BTile = SharedTile<Adapter, kTiles<kRanks> * kTileCols, kRanks,
+                         std::is_same_v<Adapter, float> ? Access::kColumns : Access::kLdmatrix>;
 
 template <typename T, typename Adapter, int kRanks>
 struct Shared {

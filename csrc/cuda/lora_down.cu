@@ -28,7 +28,7 @@ Split split_of(const LoraDown& op) {
 }
 
 template <typename Adapter, int kRanks>
-using ATile = Tile<Adapter, kRanks, kTileCols, std::is_same_v<Adapter, float> ? Access::kRowPairs : Access::kLdmatrix>;
+using ATile = SharedTile<Adapter, kRanks, kTileCols, std::is_same_v<Adapter, float> ? Access::kRowPairs : Access::kLdmatrix>;
 
 template <typename T, typename Adapter, int kRanks>
 struct Stage {

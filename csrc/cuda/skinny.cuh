@@ -51,7 +51,7 @@ enum class Access {
 };
 
 template <typename E, int kRowCount, int kColCount, Access kAccess>
-struct Tile {
+struct SharedTile {
   using Element = E;
   static constexpr int kRows = kRowCount;
   static constexpr int kCols = kColCount;
@@ -72,10 +72,10 @@ struct Tile {
 };
 
 template <typename T>
-using WideTile = Tile<T, kTileRows, kTileCols, Access::kLdmatrix>;
+using WideTile = SharedTile<T, kTileRows, kTileCols, Access::kLdmatrix>;
 // Rows of a skinny operand (S, dS) that go with a wide tile.
 template <int kRanks>
-using SkinnyTile = Tile<float, kTileRows, kRanks, Access::kColumns>;
+using SkinnyTile = SharedTile<float, kTileRows, kRanks, Access::kColumns>;
 
 // A tile's part of a matrix: `rows` x `cols` elements from `data` on, rows `stride` elements apart; the rest of the tile is
 // zero.
@@ -87,18 +87,18 @@ struct Window {
 };
 
 // kVector: data and stride are multiples of 16 bytes. Otherwise element by element, which needs no alignment.
-template <typename Tile, bool kVector>
-__device__ __forceinline__ void load_tile(typename Tile::Element* tile, const Window<typename Tile::Element>& from) {
-  using E = typename Tile::Element;
+template <typename AnyTile, bool kVector>
+__device__ __forceinline__ void load_tile(typename AnyTile::Element* tile, const Window<typename AnyTile::Element>& from) {
+  using E = typename AnyTile::Element;
   if constexpr (kVector) {
-    constexpr int kLoads = Tile::kRows * Tile::kChunks / kThreads, kRowStep = kThreads / Tile::kChunks;
-    static_assert(kLoads * kThreads == Tile::kRows * Tile::kChunks, "every thread loads as many chunks");
-    static_assert(Tile::swizzle(kRowStep) == 0, "each load of a thread is swizzled like its first");
-    const int first_row = threadIdx.x / Tile::kChunks, col = threadIdx.x % Tile::kChunks * Tile::kPerChunk;
-    const int bytes = static_cast<int>(max(min(from.cols - col, int64_t{Tile::kPerChunk}), int64_t{0})) * sizeof(E);
-    const int rows = static_cast<int>(min(from.rows, int64_t{Tile::kRows}));
+    constexpr int kLoads = AnyTile::kRows * AnyTile::kChunks / kThreads, kRowStep = kThreads / AnyTile::kChunks;
+    static_assert(kLoads * kThreads == AnyTile::kRows * AnyTile::kChunks, "every thread loads as many chunks");
+    static_assert(AnyTile::swizzle(kRowStep) == 0, "each load of a thread is swizzled like its first");
+    const int first_row = threadIdx.x / AnyTile::kChunks, col = threadIdx.x % AnyTile::kChunks * AnyTile::kPerChunk;
+    const int bytes = static_cast<int>(max(min(from.cols - col, int64_t{AnyTile::kPerChunk}), int64_t{0})) * sizeof(E);
+    const int rows = static_cast<int>(min(from.rows, int64_t{AnyTile::kRows}));
     const E* source = from.data + first_row * from.stride + col;
-    const uint32_t target = shared_address(tile + Tile::offset(first_row, col));
+    const uint32_t target = shared_address(tile + AnyTile::offset(first_row, col));
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int count = first_row + i * kRowStep < rows ? bytes : 0;
@@ -107,10 +107,10 @@ __device__ __forceinline__ void load_tile(typename Tile::Element* tile, const Wi
     }
   } else {
 #pragma unroll 2
-    for (int i = threadIdx.x; i < Tile::kRows * Tile::kCols; i += kThreads) {
-      const int row = i / Tile::kCols, col = i % Tile::kCols;
+    for (int i = threadIdx.x; i < AnyTile::kRows * AnyTile::kCols; i += kThreads) {
+      const int row = i / AnyTile::kCols, col = i % AnyTile::kCols;
       const bool inside = row < from.rows && col < from.cols;
-      tile[Tile::offset(row, col)] = inside ? from.data[row * from.stride + col] : E{};
+      tile[AnyTile::offset(row, col)] = inside ? from.data[row * from.stride + col] : E{};
     }
   }
 }
@@ -191,14 +191,14 @@ __device__ __forceinline__ int warp_id() {
 }
 
 // ldmatrix of the 16 x 16 elements from (row, col) on.
-template <bool kTranspose, typename Tile>
-__device__ __forceinline__ void load_fragment(uint32_t (&raw)[4], const typename Tile::Element* tile, int row, int col,
+template <bool kTranspose, typename AnyTile>
+__device__ __forceinline__ void load_fragment(uint32_t (&raw)[4], const typename AnyTile::Element* tile, int row, int col,
                                               LaneChunk lane) {
-  ldmatrix_x4<kTranspose>(raw, shared_address(tile + Tile::offset(row + lane.row, col + lane.chunk * Tile::kPerChunk)));
+  ldmatrix_x4<kTranspose>(raw, shared_address(tile + AnyTile::offset(row + lane.row, col + lane.chunk * AnyTile::kPerChunk)));
 }
 
 // Fragments of rows k, k + 1, ... of an fp32 tile whose columns are ranks.
-template <typename P, typename Tile>
+template <typename P, typename AnyTile>
 __device__ __forceinline__ void skinny_from_columns(SkinnyPair<P>& pair, const float* tile, int k, int rank) {
   const int g = fragment_row(lane_id()), row = k + fragment_col(lane_id());
 #pragma unroll
@@ -206,7 +206,7 @@ __device__ __forceinline__ void skinny_from_columns(SkinnyPair<P>& pair, const f
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int col = rank + 8 * n + g;
-      pair[n].set(half, tile[Tile::offset(row + 8 * half, col)], tile[Tile::offset(row + 8 * half + 1, col)]);
+      pair[n].set(half, tile[AnyTile::offset(row + 8 * half, col)], tile[AnyTile::offset(row + 8 * half + 1, col)]);
     }
   }
 }
