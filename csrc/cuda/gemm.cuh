@@ -31,11 +31,16 @@ namespace lora_ops {
 
 // --- main product -----------------------------------------------------------------------------------------------------
 
-// One chunk, of which `count` (0 ... 8, or beyond: all or none) elements exist.
+// How many of a chunk's elements exist where `left` do.
+__device__ __forceinline__ int in_chunk(int left) {
+  return max(0, min(left, kVectorElements));
+}
+
+// One chunk, of which `count` (0 ... 8) elements exist.
 template <bool kVector>
 __device__ __forceinline__ void copy_chunk(uint32_t shared, const uint16_t* global, int count) {
   if constexpr (kVector) {
-    cp_async16(shared, global, max(0, min(2 * count, kVectorBytes)));
+    cp_async16(shared, global, 2 * count);
   } else {
     uint32_t pairs[4];
 #pragma unroll
@@ -69,7 +74,7 @@ struct RowCopies {
   __device__ void start(uint32_t shared) {
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
-      copy_chunk<kVector>(shared + to + i * kPassRows * kRowBytes, from[i], left);
+      copy_chunk<kVector>(shared + to + i * kPassRows * kRowBytes, from[i], in_chunk(left));
       from[i] += kDepth;
     }
     left -= kDepth;
@@ -92,7 +97,7 @@ struct ColumnCopies {
     from = matrix + row * stride + column0 + chunk * kVectorElements;
     pass = kPassRows * stride;
     to = swizzle<kRowBytes>(row, chunk);
-    count = columns - column0 - chunk * kVectorElements;
+    count = in_chunk(columns - column0 - chunk * kVectorElements);
     left = depth - row;
   }
   __device__ void start(uint32_t shared) {
@@ -170,8 +175,8 @@ __device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const 
   constexpr int kRowBytes = TileT::kColumns * 2, kChunks = TileT::kColumns / kVectorElements,
                 kPassRows = kGemmThreads / kChunks;
   const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-  const int count = p.columns - column0 - chunk * kVectorElements;
-  const bool vector = p.out_vector && count >= kVectorElements;
+  const int count = in_chunk(p.columns - column0 - chunk * kVectorElements);
+  const bool vector = p.out_vector && count == kVectorElements;
   uint16_t* out = p.out + (row0 + row) * p.out_stride + column0 + chunk * kVectorElements;
   const uint32_t at = shared + swizzle<kRowBytes>(row, chunk);
   if (p.accumulate) {
