@@ -199,7 +199,7 @@ def flushed(x: np.ndarray) -> np.ndarray:
 
 
 def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """Rounded once: the product is exact in fp64; so is a sum that the edge values give, or its rounding decides nothing."""
+    """The product is exact in fp64; for these values its sum, rounded to fp64 first, rounds to the same fp32."""
     return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(F32)
 
 
