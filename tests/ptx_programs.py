@@ -9,6 +9,10 @@ from ptx.device import Device, Run
 REGISTERS = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}
 
 
+# %r2: the place of 16 bytes per thread in shared memory, %rd3: their source in x
+COPY = "mad.lo.u32 %r2, %tid, 16, %s; mad.wide.u32 %rd3, %tid, 16, %x;"
+
+
 def entry(body: str, parameters: Sequence[str], shared_bytes: int = 0) -> str:
     """A module with the entry `k`. Its parameters are addresses, in registers of their names; %tid is the thread's number."""
     declared = ", ".join(f".param .u64 k_{p}" for p in parameters)
@@ -79,3 +83,14 @@ def elementwise(device: Device, instructions: str, sources: Sequence[np.ndarray]
         result = arguments["out"] = torch.empty(n * size, dtype=torch.uint8)
         launch(device, run, "\n".join(lines), arguments, threads=(n + 31) // 32 * 32)
     return result.numpy().view(out)
+
+
+def warp(executor: Device, body: str, x: torch.Tensor, out: torch.Tensor, shared_bytes: int = 0) -> torch.Tensor:
+    """out as the body leaves it: %r1 is the lane's x, and what it stores to [%rd2] is the lane's element of out."""
+    size = out.element_size()
+    with executor.run() as run:
+        out = torch.empty_like(out)
+        run.register(x)
+        around = f"mad.wide.u32 %rd1, %tid, 4, %x; ld.global.b32 %r1, [%rd1]; mad.wide.u32 %rd2, %tid, {size}, %y;"
+        launch(executor, run, around + body, {"x": x, "y": out}, shared_bytes=shared_bytes)
+    return out
