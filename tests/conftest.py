@@ -36,6 +36,12 @@ def nvcc() -> str:
 
 
 @pytest.fixture(scope="session")
+def executor() -> Device:
+    """The device without host code: needs no nvcc."""
+    return Device(sources=[])
+
+
+@pytest.fixture(scope="session")
 def device(nvcc: str) -> Device:
     """The kernels of csrc/cuda on a device that runs PTX on the CPU."""
     return Device()

@@ -1,5 +1,6 @@
-// memcheck (bounds, alignment, read-only buffers), initcheck (bytes nobody wrote) and racecheck (two accesses, one a write, that
-// no barrier orders), at every access to shared and global memory; and cp.async, whose bytes arrive when they are waited for.
+// memcheck (bounds, alignment, read-only buffers), initcheck (bytes nobody wrote) and racecheck (two accesses, one a write,
+// that no barrier orders), at every access to shared and global memory; and cp.async, whose bytes arrive when they are waited
+// for.
 //
 // The usual access meets stamps of earlier epochs only, which a comparison per granule shows; the rest is looked at closely.
 #include <algorithm>
@@ -118,7 +119,8 @@ bool Machine::check_global(uint64_t address, int lane, int bytes, Access access)
   for (size_t i = first; i < end; ++i) {
     GlobalStamp& writer = buffer->writers[i];
     GlobalStamp& reader = buffer->readers[i];
-    if (unordered_global(writer, now) || (write && unordered_global(reader, now))) explain_global(*buffer, i, lane, now, access);
+    if (unordered_global(writer, now) || (write && unordered_global(reader, now)))
+      explain_global(*buffer, i, lane, now, access);
     if (write) {
       writer = now;
     } else {

@@ -216,7 +216,8 @@ Slot Decoder::predicate(const Operand& o) {
 
 Slot Decoder::predicate_destination(const Operand& o) {
   if (o.is == Operand::Is::kSink) return unread_;
-  if (o.is != Operand::Is::kRegister || entry_.registers[o.index].kind != Kind::kPredicate) unsupported("a predicate is wanted");
+  if (o.is != Operand::Is::kRegister || entry_.registers[o.index].kind != Kind::kPredicate)
+    unsupported("a predicate is wanted");
   return registers_[o.index];
 }
 

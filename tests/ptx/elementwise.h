@@ -13,7 +13,9 @@ using Execute = void (*)(Machine&, const Instruction&, uint32_t);
 
 template <class F, class D, class... S>
 struct Elementwise {
-  static void execute(Machine& m, const Instruction& in, uint32_t active) { run(m, in, active, std::index_sequence_for<S...>{}); }
+  static void execute(Machine& m, const Instruction& in, uint32_t active) {
+    run(m, in, active, std::index_sequence_for<S...>{});
+  }
 
  private:
   template <size_t... I>

@@ -105,8 +105,12 @@ void report(const std::string& kind, const std::string& message) {
 
 using ptx::device;
 
-void ptx_set_architecture(int architecture) { device().architecture = architecture; }
-int ptx_architecture() { return device().architecture; }
+void ptx_set_architecture(int architecture) {
+  device().architecture = architecture;
+}
+int ptx_architecture() {
+  return device().architecture;
+}
 
 int ptx_load_module(const char* name, const char* text) {
   return ptx::guarded([&] {
@@ -115,14 +119,20 @@ int ptx_load_module(const char* name, const char* text) {
     device().modules[name] = std::move(module);
   });
 }
-const char* ptx_error() { return device().error.c_str(); }
+const char* ptx_error() {
+  return device().error.c_str();
+}
 
 void ptx_register_buffer(const void* data, uint64_t bytes, int readonly, int initialised) {
   device().memory.add(const_cast<void*>(data), bytes, readonly != 0, initialised != 0);
 }
-void ptx_initialise(const void* data, uint64_t bytes) { device().memory.initialise(data, bytes); }
+void ptx_initialise(const void* data, uint64_t bytes) {
+  device().memory.initialise(data, bytes);
+}
 
-void ptx_set_reverse_order(int reverse) { device().reverse = reverse != 0; }
+void ptx_set_reverse_order(int reverse) {
+  device().reverse = reverse != 0;
+}
 
 void ptx_reset() {
   device().memory.clear();
@@ -155,8 +165,7 @@ const char* ptx_counters() {
         if (c.executions == 0) continue;
         const ptx::Instruction& in = loaded.kernel.code[i];
         text += entry + "\t" + std::to_string(in.ptx_line) + "\t" + in.source + "\t" + in.opcode;
-        for (const uint64_t n :
-             {c.executions, c.wavefronts, c.ideal_wavefronts, c.sectors, c.ideal_sectors, c.global_bytes}) {
+        for (const uint64_t n : {c.executions, c.wavefronts, c.ideal_wavefronts, c.sectors, c.ideal_sectors, c.global_bytes}) {
           text += "\t" + std::to_string(n);
         }
         text += "\n";

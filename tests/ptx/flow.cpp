@@ -9,8 +9,8 @@ namespace ptx {
 namespace {
 
 struct Graph {
-  std::vector<int> first;         // instruction of each block
-  std::vector<int> block_of;      // of each instruction
+  std::vector<int> first;     // instruction of each block
+  std::vector<int> block_of;  // of each instruction
   std::vector<std::vector<int>> successors, predecessors;
   int exit;  // a block after the last
 };

@@ -65,13 +65,23 @@ void Machine::begin_block() {
       uint32_t* const values = lanes<uint32_t>(special.slot);
       for (int lane = 0; lane < kWarpSize; ++lane) {
         const uint32_t t = thread(lane);
-        const uint32_t all[kSpecialRegisterCount] = {
-            t % block_[0],   t / block_[0] % block_[1], t / block_[0] / block_[1],
-            block_[0],       block_[1],                 block_[2],
-            block_index_[0], block_index_[1],           block_index_[2],
-            grid_[0],        grid_[1],                  grid_[2],
-            uint32_t(lane),  w.index,                   (1u << lane) - 1,
-            (2u << lane) - 1, 1u << lane};
+        const uint32_t all[kSpecialRegisterCount] = {t % block_[0],
+                                                     t / block_[0] % block_[1],
+                                                     t / block_[0] / block_[1],
+                                                     block_[0],
+                                                     block_[1],
+                                                     block_[2],
+                                                     block_index_[0],
+                                                     block_index_[1],
+                                                     block_index_[2],
+                                                     grid_[0],
+                                                     grid_[1],
+                                                     grid_[2],
+                                                     uint32_t(lane),
+                                                     w.index,
+                                                     (1u << lane) - 1,
+                                                     (2u << lane) - 1,
+                                                     1u << lane};
         values[lane] = all[special.index];
       }
     }
@@ -97,8 +107,7 @@ void Machine::run_block() {
 bool Machine::run_warp() {
   Warp& w = *warp;
   for (;;) {
-    while (!w.stack.empty() &&
-           (w.stack.back().pc == w.stack.back().reconvergence || (w.stack.back().lanes & ~w.exited) == 0)) {
+    while (!w.stack.empty() && (w.stack.back().pc == w.stack.back().reconvergence || (w.stack.back().lanes & ~w.exited) == 0)) {
       w.stack.pop_back();
     }
     if (w.stack.empty()) return true;

@@ -47,7 +47,9 @@ void read_floats(Machine& m, Type type, Slot slot, float* values) {
   for (int lane = 0; lane < kWarpSize; ++lane) values[lane] = bfloat ? bf16_to_float(from[lane]) : fp16_to_float(from[lane]);
 }
 
-uint16_t to_sixteen(Type type, float f) { return type.kind == Kind::kBfloat ? float_to_bf16(f) : float_to_fp16(f); }
+uint16_t to_sixteen(Type type, float f) {
+  return type.kind == Kind::kBfloat ? float_to_bf16(f) : float_to_fp16(f);
+}
 
 void write_floats(Machine& m, const Instruction& in, uint32_t active, const float* values) {
   if (in.type.bytes == 4) return for_lanes(m.lanes<float>(in.operand[0]), active, [&](int lane) { return values[lane]; });
@@ -131,9 +133,8 @@ void float_to_float(Machine& m, const Instruction& in, uint32_t active) {
 // cvt.rn.bf16x2.f32 d, a, b: a is the upper half
 void floats_to_pair(Machine& m, const Instruction& in, uint32_t active) {
   const float *upper = m.lanes<float>(in.operand[1]), *lower = m.lanes<float>(in.operand[2]);
-  for_lanes(m.lanes<uint32_t>(in.operand[0]), active, [&](int lane) {
-    return uint32_t{to_sixteen(in.type, upper[lane])} << 16 | to_sixteen(in.type, lower[lane]);
-  });
+  for_lanes(m.lanes<uint32_t>(in.operand[0]), active,
+            [&](int lane) { return uint32_t{to_sixteen(in.type, upper[lane])} << 16 | to_sixteen(in.type, lower[lane]); });
 }
 
 uint32_t integral_rounding(const Decoder& d) {

@@ -86,7 +86,7 @@ void single(Decoder& d) {
 
 bool decode_float(Decoder& d) {
   const std::string& op = d.op();
-  static constexpr const char* kOps[] = {"add", "sub", "mul", "fma",      "div",  "min", "max",   "neg",
+  static constexpr const char* kOps[] = {"add", "sub",      "mul",  "fma", "div",   "min", "max", "neg",
                                          "abs", "copysign", "sqrt", "rcp", "rsqrt", "ex2", "lg2"};
   if (std::none_of(std::begin(kOps), std::end(kOps), [&](const char* o) { return op == o; })) return false;
   const Type type = d.type();

@@ -251,8 +251,10 @@ template <class F>
 void shift(Decoder& d) {
   const Type type = d.type();
   const bool is_signed = type.kind == Kind::kSigned;
-  if (type.bytes == 2) return is_signed ? elementwise<F, int16_t, int16_t, uint32_t>(d) : elementwise<F, uint16_t, uint16_t, uint32_t>(d);
-  if (type.bytes == 4) return is_signed ? elementwise<F, int32_t, int32_t, uint32_t>(d) : elementwise<F, uint32_t, uint32_t, uint32_t>(d);
+  if (type.bytes == 2)
+    return is_signed ? elementwise<F, int16_t, int16_t, uint32_t>(d) : elementwise<F, uint16_t, uint16_t, uint32_t>(d);
+  if (type.bytes == 4)
+    return is_signed ? elementwise<F, int32_t, int32_t, uint32_t>(d) : elementwise<F, uint32_t, uint32_t, uint32_t>(d);
   return is_signed ? elementwise<F, int64_t, int64_t, uint32_t>(d) : elementwise<F, uint64_t, uint64_t, uint32_t>(d);
 }
 
@@ -287,7 +289,7 @@ void count_bits(Decoder& d) {
 
 bool decode_integer(Decoder& d) {
   const std::string& op = d.op();
-  static constexpr const char* kOps[] = {"add", "sub", "mul", "mad",  "div", "rem", "min", "max",  "neg",  "abs", "and", "or",
+  static constexpr const char* kOps[] = {"add", "sub", "mul", "mad", "div",  "rem", "min", "max",  "neg", "abs",  "and", "or",
                                          "xor", "not", "shl", "shr", "lop3", "bfi", "bfe", "prmt", "shf", "popc", "clz"};
   if (std::none_of(std::begin(kOps), std::end(kOps), [&](const char* o) { return op == o; })) return false;
   const Type type = d.type();

@@ -1,5 +1,5 @@
-// PTX ISA, "Data Movement and Conversion Instructions: ld, ld.global.nc, st". Cache hints change nothing here. A generic address
-// is a global one: kernels name the state space of shared memory.
+// PTX ISA, "Data Movement and Conversion Instructions: ld, ld.global.nc, st". Cache hints change nothing here. A generic
+// address is a global one: kernels name the state space of shared memory.
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -76,7 +76,8 @@ void execute_store(Machine& m, const Instruction& in, uint32_t active) {
     const R* const from = m.lanes<R>(in.operand[1 + i]);
     each_lane(good, [&](int lane) {
       const auto value = static_cast<T>(from[lane]);
-      std::memcpy(reinterpret_cast<uint8_t*>(reinterpret_cast<uint64_t>(base) + address[lane]) + i * sizeof(T), &value, sizeof(T));
+      std::memcpy(reinterpret_cast<uint8_t*>(reinterpret_cast<uint64_t>(base) + address[lane]) + i * sizeof(T), &value,
+                  sizeof(T));
     });
   }
 }
@@ -110,8 +111,26 @@ Space space_of(const Decoder& d) {
 bool decode_memory(Decoder& d) {
   const bool load = d.op() == "ld";
   if (!load && d.op() != "st") return false;
-  d.allow({"global", "shared", "param", "const", "v2", "v4", "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "volatile",
-           "L1::no_allocate", "L1::evict_first", "L1::evict_last", "L2::128B", "L2::256B"});
+  d.allow({"global",
+           "shared",
+           "param",
+           "const",
+           "v2",
+           "v4",
+           "nc",
+           "ca",
+           "cg",
+           "cs",
+           "lu",
+           "cv",
+           "wb",
+           "wt",
+           "volatile",
+           "L1::no_allocate",
+           "L1::evict_first",
+           "L1::evict_last",
+           "L2::128B",
+           "L2::256B"});
   Instruction& in = d.in;
   in.space = space_of(d);
   in.type = d.type();

@@ -25,7 +25,8 @@ struct Split {  // mov.b64 {lo, hi}
     Whole copy[kWarpSize];
     for (int lane = 0; lane < kWarpSize; ++lane) copy[lane] = whole[lane];
     for_lanes(m.lanes<Half>(in.operand[0]), active, [&](int lane) { return static_cast<Half>(copy[lane]); });
-    for_lanes(m.lanes<Half>(in.operand[1]), active, [&](int lane) { return static_cast<Half>(copy[lane] >> 8 * sizeof(Half)); });
+    for_lanes(m.lanes<Half>(in.operand[1]), active,
+              [&](int lane) { return static_cast<Half>(copy[lane] >> 8 * sizeof(Half)); });
   }
 };
 struct Join {

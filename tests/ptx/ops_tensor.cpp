@@ -79,8 +79,8 @@ void need_all_lanes(Machine& m, const Instruction& in, uint32_t active) {
   if (active != kAllLanes) m.report("synccheck", __builtin_ctz(active), "%s by lanes %08x only", in.opcode.c_str(), active);
 }
 
-// Matrix i has its eight rows of 16 bytes at the addresses of lanes 8 i ... 8 i + 7. Lane l receives elements (l / 4, 2 (l % 4)) and
-// the one after, of the matrix or its transpose.
+// Matrix i has its eight rows of 16 bytes at the addresses of lanes 8 i ... 8 i + 7. Lane l receives elements (l / 4, 2 (l %
+// 4)) and the one after, of the matrix or its transpose.
 void execute_ldmatrix(Machine& m, const Instruction& in, uint32_t active) {
   need_all_lanes(m, in, active);
   uint64_t address[kWarpSize];
@@ -120,9 +120,10 @@ void decode_ldmatrix(Decoder& d) {
   in.execute = execute_ldmatrix;
 }
 
-// D (16, 8) = A (16, 16) B (16, 8) + C, in fp32. Products are exact; PTX leaves the order of the sums open, here it is that of k.
-// With row = lane / 4, col = 2 (lane % 4):  A's registers hold (row, col), (row + 8, col), (row, col + 8), (row + 8, col + 8) and the
-// column after each; B's (col, row), (col + 8, row) and the row after; C's and D's (row, col), (row, col + 1), and row + 8 likewise.
+// D (16, 8) = A (16, 16) B (16, 8) + C, in fp32. Products are exact; PTX leaves the order of the sums open, here it is that of
+// k. With row = lane / 4, col = 2 (lane % 4):  A's registers hold (row, col), (row + 8, col), (row, col + 8), (row + 8, col +
+// 8) and the column after each; B's (col, row), (col + 8, row) and the row after; C's and D's (row, col), (row, col + 1), and
+// row + 8 likewise.
 template <float (*kToFloat)(uint16_t)>
 void execute_mma(Machine& m, const Instruction& in, uint32_t active) {
   need_all_lanes(m, in, active);

@@ -1,5 +1,5 @@
-// PTX ISA, "shfl.sync", "vote.sync", "activemask" and "bar.warp.sync": lanes of a warp with each other. The member mask must name
-// just the lanes that execute the instruction.
+// PTX ISA, "shfl.sync", "vote.sync", "activemask" and "bar.warp.sync": lanes of a warp with each other. The member mask must
+// name just the lanes that execute the instruction.
 #include "elementwise.h"
 
 namespace ptx {

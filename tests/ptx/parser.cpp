@@ -10,12 +10,12 @@ namespace ptx {
 
 bool parse_type(const std::string& name, Type& type) {
   static const std::map<std::string, Type> types = {
-      {"u8", {Kind::kUnsigned, 1}},  {"u16", {Kind::kUnsigned, 2}}, {"u32", {Kind::kUnsigned, 4}},
-      {"u64", {Kind::kUnsigned, 8}}, {"s8", {Kind::kSigned, 1}},    {"s16", {Kind::kSigned, 2}},
-      {"s32", {Kind::kSigned, 4}},   {"s64", {Kind::kSigned, 8}},   {"b8", {Kind::kBits, 1}},
-      {"b16", {Kind::kBits, 2}},     {"b32", {Kind::kBits, 4}},     {"b64", {Kind::kBits, 8}},
-      {"f16", {Kind::kFloat, 2}},    {"f32", {Kind::kFloat, 4}},    {"f64", {Kind::kFloat, 8}},
-      {"bf16", {Kind::kBfloat, 2}},  {"pred", {Kind::kPredicate, 4}}, {"f16x2", {Kind::kFloat, 2, true}},
+      {"u8", {Kind::kUnsigned, 1}},        {"u16", {Kind::kUnsigned, 2}},   {"u32", {Kind::kUnsigned, 4}},
+      {"u64", {Kind::kUnsigned, 8}},       {"s8", {Kind::kSigned, 1}},      {"s16", {Kind::kSigned, 2}},
+      {"s32", {Kind::kSigned, 4}},         {"s64", {Kind::kSigned, 8}},     {"b8", {Kind::kBits, 1}},
+      {"b16", {Kind::kBits, 2}},           {"b32", {Kind::kBits, 4}},       {"b64", {Kind::kBits, 8}},
+      {"f16", {Kind::kFloat, 2}},          {"f32", {Kind::kFloat, 4}},      {"f64", {Kind::kFloat, 8}},
+      {"bf16", {Kind::kBfloat, 2}},        {"pred", {Kind::kPredicate, 4}}, {"f16x2", {Kind::kFloat, 2, true}},
       {"bf16x2", {Kind::kBfloat, 2, true}}};
   const auto found = types.find(name);
   if (found == types.end()) return false;
@@ -159,7 +159,7 @@ class BodyParser {
       s.guard_negated = guard.negated;
       at = text.find_first_not_of(" \t", end);
     }
-    const size_t end = std::min(text.find_first_of(" \t", at), text.size());
+    const size_t end = std::min(text.find_first_of(" \t\n", at), text.size());
     s.opcode = text.substr(at, end - at);
     s.parts = split(s.opcode, '.');
     const std::string operands = trim(text.substr(end));

@@ -17,12 +17,12 @@ struct Location {
 
 struct Operand {
   enum class Is { kRegister, kNumber, kSpecial, kSymbol, kVector, kAddress, kSink } is = Is::kSink;
-  int index = -1;          // of a register
-  int second = -1;         // q of p|q
-  bool negated = false;    // !p
-  uint64_t number = 0;     // integer, or a float's bits
-  std::string name;        // of a special register, symbol or label
-  int64_t offset = 0;      // of an address or symbol
+  int index = -1;              // of a register
+  int second = -1;             // q of p|q
+  bool negated = false;        // !p
+  uint64_t number = 0;         // integer, or a float's bits
+  std::string name;            // of a special register, symbol or label
+  int64_t offset = 0;          // of an address or symbol
   std::vector<Operand> items;  // of a vector; of an address, its base
 };
 

@@ -28,7 +28,9 @@ inline uint32_t warp_of(Stamp stamp) {
   const Stamp who = stamp & kWhoMask;
   return who < kWarpReaders ? who / 32 : who == kSeveralWarps ? kSeveralWarps : who - kWarpReaders;
 }
-inline bool same_epoch(Stamp a, Stamp b) { return (a ^ b) < kEpochUnit; }
+inline bool same_epoch(Stamp a, Stamp b) {
+  return (a ^ b) < kEpochUnit;
+}
 
 // Whether `earlier`, one side being a write, and `now` are a race.
 inline bool unordered(Stamp earlier, Stamp now) {
@@ -49,8 +51,12 @@ using GlobalStamp = uint64_t;
 
 constexpr uint32_t kSeveralBlocks = 0xffffffffu;
 
-inline GlobalStamp make_global_stamp(uint32_t block, Stamp stamp) { return GlobalStamp{block} << 32 | stamp; }
-inline uint32_t block_of(GlobalStamp stamp) { return static_cast<uint32_t>(stamp >> 32); }
+inline GlobalStamp make_global_stamp(uint32_t block, Stamp stamp) {
+  return GlobalStamp{block} << 32 | stamp;
+}
+inline uint32_t block_of(GlobalStamp stamp) {
+  return static_cast<uint32_t>(stamp >> 32);
+}
 
 inline bool unordered_global(GlobalStamp earlier, GlobalStamp now) {
   if (earlier == kNever) return false;

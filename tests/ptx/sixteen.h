@@ -17,7 +17,9 @@ inline uint32_t float_to_bits(float f) {
   return bits;
 }
 
-inline float bf16_to_float(uint16_t bits) { return bits_to_float(uint32_t{bits} << 16); }
+inline float bf16_to_float(uint16_t bits) {
+  return bits_to_float(uint32_t{bits} << 16);
+}
 inline uint16_t float_to_bf16(float f) {
   const uint32_t bits = float_to_bits(f);
   if (f != f) return 0x7fff;  // PTX's canonical NaN
