@@ -137,18 +137,20 @@ class BuildWithNinja(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         work = Path(self.build_temp).resolve() / ext.name
         work.mkdir(parents=True, exist_ok=True)
-        rules = cuda_rules(ext.nvcc) if hasattr(ext, "nvcc") else cpu_rules()
-        (work / "build.ninja").write_text(ninja_file(output, rules, [ROOT / s for s in ext.sources]))
+        (work / "build.ninja").write_text(ninja_file(output, ext.rules, [ROOT / s for s in ext.sources]))
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(work)], check=True)
 
 
-def extensions() -> list[Extension]:
-    made = [Extension("lora_ops._C", sources=[str(f.relative_to(ROOT)) for f in sources()])]
-    nvcc = wanted_nvcc()
-    if nvcc is not None:
-        made.append(Extension("lora_ops._C_cuda", sources=[str(f.relative_to(ROOT)) for f in cuda_sources()]))
-        made[-1].nvcc = nvcc
+def extension(name: str, sources: list[Path], rules: list[str]) -> Extension:
+    made = Extension(name, sources=[str(f.relative_to(ROOT)) for f in sources])
+    made.rules = rules
     return made
+
+
+def extensions() -> list[Extension]:
+    nvcc = wanted_nvcc()
+    cuda = [extension("lora_ops._C_cuda", cuda_sources(), cuda_rules(nvcc))] if nvcc else []
+    return [extension("lora_ops._C", sources(), cpu_rules()), *cuda]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildWithNinja})

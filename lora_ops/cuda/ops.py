@@ -6,8 +6,8 @@
     lora_backward_dx    dx = dy W0 + drop'(dS A)
     lora_backward_down  dA = dSᵀ drop(x)
 
-`split` leaves x W0ᵀ and dy W0 to torch (cuBLAS), and the kernels add the rest. Every tensor is torch's, workspaces included; the
-dropout seed stays on the device; nothing waits for the GPU.
+`split` leaves x W0ᵀ and dy W0 to torch (cuBLAS), and the kernels add the rest. Every tensor is torch's, workspaces included;
+the dropout seed stays on the device; nothing waits for the GPU.
 """
 
 from typing import Any, NamedTuple

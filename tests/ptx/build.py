@@ -9,10 +9,13 @@ import json
 import os
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import pybind11
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CACHE = REPOSITORY / "build" / "ptx"
@@ -30,6 +33,10 @@ _CUDA_FLAGS = [
     *("-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__"),
     *("-D__CUDA_NO_HALF2_OPERATORS__", "-D__CUDA_NO_BFLOAT16_CONVERSIONS__"),
 ]
+
+
+# A .cpp among the sources has bindings.
+_PYTHON_INCLUDES = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
 
 
 def _digest(*parts: bytes) -> str:
@@ -88,7 +95,7 @@ def build(sources: Sequence[Path], arch: int, flags: Sequence[str] = ()) -> tupl
         commands[HERE / "fake_cudart.cpp"] = host
         for source in sources:
             cuda = [NVCC, *_CUDA_FLAGS, f"-arch=compute_{arch}", "--keep"]
-            commands[source] = [*(cuda if source.suffix == ".cu" else host), *flags]
+            commands[source] = [*cuda, *flags] if source.suffix == ".cu" else [*host, *_PYTHON_INCLUDES]
     with ThreadPoolExecutor(2) as pool:
         made = list(pool.map(_compile, commands, commands.values()))
     objects = [folder / "object.o" for folder in made]
