@@ -1,6 +1,7 @@
 """lora_forward and lora_backward for CUDA tensors: by the kernels where there are some, else by reference.py."""
 
 import functools
+import importlib
 from typing import Any
 
 import torch
@@ -18,10 +19,9 @@ def extension() -> Any:
     if torch.version.cuda is None:
         return None
     try:
-        from .. import _C_cuda
+        return importlib.import_module("lora_ops._C_cuda")
     except ImportError:
         return None
-    return _C_cuda
 
 
 def has_kernel(x: Tensor, weight: Tensor) -> bool:
@@ -52,8 +52,8 @@ def lora_forward(
     if not has_kernel(x, weight):
         return forward_reference(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p)
     with torch.cuda.device(x.device):
-        args = (target(x.device), x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
-        return ops.forward(*args, split=choose("lora_forward", x, weight, lambda split: ops.forward(*args, split=split)))
+        run = functools.partial(ops.forward, target(x.device), x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
+        return run(split=choose("lora_forward", x, weight, run))
 
 
 def lora_backward(
@@ -66,14 +66,19 @@ def lora_backward(
     seed: Tensor | None,
     scaling: float,
     dropout_p: float,
-    *need: bool,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+    need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need = (need_dx, need_dA, need_dB, need_dbias)
     if not has_kernel(dy, weight):
         return backward_reference(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, *need)
     with torch.cuda.device(dy.device):
-        args = (target(dy.device), dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, *need)
-        split = need[0] and choose("lora_backward", dy, weight, lambda split: ops.backward(*args, split=split))
-        return ops.backward(*args, split=split)
+        run = functools.partial(
+            ops.backward, target(dy.device), dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, *need
+        )
+        return run(split=need_dx and choose("lora_backward", dy, weight, run))
 
 
 library.impl("lora_forward", lora_forward, "CUDA")

@@ -3,7 +3,7 @@
     fused   our kernel multiplies by W0 and adds the low-rank term in the same accumulators
     split   torch (cuBLAS) multiplies by W0, our kernels add the low-rank term
 
-The choice is kept per GPU, op, shape (M by powers of two) and dtype: in memory, and in cuda_paths.json in the user's cache folder
+The choice is kept per GPU, op, shape (M by powers of two) and dtype: in memory, and in cuda_paths.json in the cache folder
 (LORA_OPS_CACHE, or lora_ops in XDG_CACHE_HOME or ~/.cache). LORA_OPS_CUDA_PATH=fused|split|auto forces one.
 """
 
@@ -135,10 +135,13 @@ def choices(device: torch.device) -> Choices:
     return Choices(cuda_clock, f"{name}, CUDA {torch.version.cuda}, lora_ops {__version__}", cache_file())
 
 
-def choose(op: str, x: Tensor, weight: Tensor, run: Callable[[bool], object]) -> bool:
-    """Whether torch multiplies by W0, for x (..., K or N) and weight (N, K). Nothing is timed while a CUDA graph is captured."""
+def choose(op: str, x: Tensor, weight: Tensor, run: Callable[..., object]) -> bool:
+    """Whether torch multiplies by W0, for x (..., K or N) and weight (N, K); run(split=...) is what is timed.
+
+    Nothing is timed while a CUDA graph is captured.
+    """
     M = x.numel() // x.shape[-1]
     N, K = weight.shape
     key = f"{op} M={bucket(M)} N={N} K={K} {str(x.dtype).removeprefix('torch.')}"
     may_time = not torch.cuda.is_current_stream_capturing()
-    return choices(x.device).choose(key, M, lambda path: run(path == "split"), may_time) == "split"
+    return choices(x.device).choose(key, M, lambda path: run(split=path == "split"), may_time) == "split"
