@@ -3,7 +3,7 @@ theirs by themselves). Needs a C++17 compiler and pybind11; torch is not needed 
 
 Where there is nvcc, lora_ops._C_cuda too: no GPU and no CUDA torch is needed, the CUDA runtime is linked statically.
 
-    LORA_OPS_CUDA=0|1|auto     leave it out, demand it, or build it where nvcc is found (the default)
+    LORA_OPS_CUDA=0|1|auto     leave it out, demand it, or build it where nvcc is found and able to (the default)
     LORA_OPS_CUDA_ARCHS=80;90  architectures, instead of all that nvcc knows of 80, 86, 89, 90, 100 and 120
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
@@ -138,7 +139,10 @@ class BuildWithNinja(build_ext):
         work = Path(self.build_temp).resolve() / ext.name
         work.mkdir(parents=True, exist_ok=True)
         (work / "build.ninja").write_text(ninja_file(output, ext.rules, [ROOT / s for s in ext.sources]))
-        subprocess.run([sys.executable, "-m", "ninja", "-C", str(work)], check=True)
+        if subprocess.run([sys.executable, "-m", "ninja", "-C", str(work)]).returncode != 0:
+            raise CompileError(
+                f"{ext.name} could not be built" + (", and is left out (LORA_OPS_CUDA=0)" if ext.optional else "")
+            )
 
 
 def extension(name: str, sources: list[Path], rules: list[str]) -> Extension:
@@ -149,8 +153,11 @@ def extension(name: str, sources: list[Path], rules: list[str]) -> Extension:
 
 def extensions() -> list[Extension]:
     nvcc = wanted_nvcc()
-    cuda = [extension("lora_ops._C_cuda", cuda_sources(), cuda_rules(nvcc))] if nvcc else []
-    return [extension("lora_ops._C", sources(), cpu_rules()), *cuda]
+    made = [extension("lora_ops._C", sources(), cpu_rules())]
+    if nvcc is not None:
+        made.append(extension("lora_ops._C_cuda", cuda_sources(), cuda_rules(nvcc)))
+        made[-1].optional = os.environ.get("LORA_OPS_CUDA") != "1"
+    return made
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildWithNinja})

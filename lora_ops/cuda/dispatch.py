@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import importlib.util
+import warnings
 from typing import Any
 
 import torch
@@ -15,12 +17,13 @@ from .path import choose
 
 @functools.cache
 def extension() -> Any:
-    """lora_ops._C_cuda, or None: it was not built, or torch has no CUDA."""
-    if torch.version.cuda is None:
+    """lora_ops._C_cuda, or None: it was not built, does not load (a warning says why), or torch has no CUDA."""
+    if torch.version.cuda is None or importlib.util.find_spec("lora_ops._C_cuda") is None:
         return None
     try:
         return importlib.import_module("lora_ops._C_cuda")
-    except ImportError:
+    except ImportError as e:
+        warnings.warn(f"lora_ops: the CUDA kernels do not load, CUDA tensors run reference.py: {e}", stacklevel=2)
         return None
 
 
@@ -31,6 +34,12 @@ def has_kernel(x: Tensor, weight: Tensor) -> bool:
 @functools.cache
 def _sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _check_seed(seed: Tensor | None, device: torch.device) -> None:
+    """Kernels read it where it lies."""
+    if seed is not None and (seed.device != device or seed.dtype != torch.int64):
+        raise ValueError(f"seed must be int64 on x's device {device}, got {seed.dtype} on {seed.device}")
 
 
 def target(device: torch.device) -> ops.Target:
@@ -51,6 +60,7 @@ def lora_forward(
     check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if not has_kernel(x, weight):
         return forward_reference(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p)
+    _check_seed(seed, x.device)
     with torch.cuda.device(x.device):
         run = functools.partial(ops.forward, target(x.device), x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
         return run(split=choose("lora_forward", x, weight, run))
@@ -74,6 +84,7 @@ def lora_backward(
     need = (need_dx, need_dA, need_dB, need_dbias)
     if not has_kernel(dy, weight):
         return backward_reference(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, *need)
+    _check_seed(seed, dy.device)
     with torch.cuda.device(dy.device):
         run = functools.partial(
             ops.backward, target(dy.device), dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, *need
