@@ -126,7 +126,7 @@ def cuda_rules(nvcc: str) -> list[str]:
     ]
     common = [shlex.quote(nvcc), "-std=c++17", "-O3", "-Xcompiler -fPIC,-fvisibility=hidden", "-MD -MF $out.d"]
     return [
-        *rule("cu", [*common, "-lineinfo", *no_operators, *targets, "-c $in -o $out"]),
+        *rule("cu", [*common, *no_operators, *targets, "-c $in -o $out"]),
         *rule("cpp", [*common, *python_includes(), "-c $in -o $out"]),
         *rule("link", [shlex.quote(nvcc), "-shared", "-cudart static", "-Xlinker -s", "$in", "-o $out"], compiles=False),
     ]

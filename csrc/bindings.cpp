@@ -1,5 +1,6 @@
 // Every function that Python can call: addresses and sizes in, nothing of torch. lora_ops/ops.py has checked the arguments.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
+
 #include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
@@ -9,15 +10,6 @@ namespace py = pybind11;
 using namespace lora_ops;
 
 namespace {
-
-// (address, row stride, column stride, dtype), or None for a matrix that is absent
-Matrix matrix(const py::object& o) {
-  if (o.is_none()) return {};
-  const auto t = o.cast<py::tuple>();
-  if (t.size() != 4) return {};
-  return {reinterpret_cast<void*>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
-          static_cast<DType>(t[3].cast<int>())};
-}
 
 // (codes, quant type, blocksize, absmax, nested_absmax, nested_code, offset), addresses and numbers, for a weight in 4 bits;
 // a matrix or None for one that is not.
@@ -36,11 +28,6 @@ QuantizedWeight quantized(const py::object& o, int64_t K) {
   w.nested_code = static_cast<const float*>(at(5));
   if (w.nested_code) w.offset = *static_cast<const float*>(at(6));
   return w;
-}
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
 }
 
 FourBit four_bit(int64_t N, int64_t K, int quant_type, int64_t blocksize, uintptr_t codes, uintptr_t absmax) {

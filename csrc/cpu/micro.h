@@ -230,8 +230,6 @@ void dot_rows(const float* left, int64_t left_stride, const Matrix& right, int64
 #pragma GCC unroll 16
     for (int j = 0; j < kRight; ++j) {
       load_two<kType>(from + j * from_stride, 0, a[j], b[j]);
-      // The rows that come next. Intel's cores fetch kRight streams best by themselves while there are few left rows.
-      if (kLeft >= V::kFetchedFrom) __builtin_prefetch(from + (kRight + j) * from_stride, 0, 2);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kLeft; ++i) {
@@ -247,7 +245,15 @@ void dot_rows(const float* left, int64_t left_stride, const Matrix& right, int64
     }
   };
   int64_t k0 = 0;
-  for (; k0 + kPanel <= k; k0 += kPanel) step(row + k0 * size_of(kType), stride, k0);
+  for (; k0 + kPanel <= k; k0 += kPanel) {
+    const char* from = row + k0 * size_of(kType);
+    // The rows that come next. Intel's cores fetch kRight streams best by themselves while there are few left rows.
+    if constexpr (kLeft >= V::kFetchedFrom) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kRight; ++j) __builtin_prefetch(from + (kRight + j) * stride, 0, 2);
+    }
+    step(from, stride, k0);
+  }
   if (k0 < k) {
     alignas(64) char part[kRight][kPanel * 4] = {};
     for (int j = 0; j < kRight; ++j) std::memcpy(part[j], row + j * stride + k0 * size_of(kType), (k - k0) * size_of(kType));

@@ -1,5 +1,5 @@
 // lora_ops._C_cuda: addresses, sizes and a stream in, nothing of torch. lora_ops/cuda/ops.py has checked the arguments.
-#include <pybind11/pybind11.h>
+#include "../bindings.h"
 
 #include "lora_backward_down.h"
 #include "lora_backward_dx.h"
@@ -12,22 +12,9 @@ using namespace lora_ops;
 
 namespace {
 
-// (address, row stride, column stride, dtype), or None for a matrix that is absent
-Matrix matrix(const py::object& o) {
-  if (o.is_none()) return {};
-  const auto t = o.cast<py::tuple>();
-  return {reinterpret_cast<void*>(t[0].cast<uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
-          static_cast<DType>(t[3].cast<int>())};
-}
-
 // (address of the seed, threshold, 1 / (1 - p))
 DeviceDropout dropout(const py::tuple& t) {
   return {reinterpret_cast<const uint64_t*>(t[0].cast<uintptr_t>()), t[1].cast<uint32_t>(), t[2].cast<float>()};
-}
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
 }
 
 LoraDown lora_down(int64_t M, int64_t K, int64_t r, const py::object& x, const py::object& lora_A, const py::tuple& mask,
