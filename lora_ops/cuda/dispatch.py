@@ -63,7 +63,7 @@ def lora_forward(
     _check_seed(seed, x.device)
     with torch.cuda.device(x.device):
         run = functools.partial(ops.forward, target(x.device), x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
-        return run(split=choose("lora_forward", x, weight, run))
+        return run(split=choose("lora_forward", x, weight, lora_A, run))
 
 
 def lora_backward(
@@ -89,7 +89,7 @@ def lora_backward(
         run = functools.partial(
             ops.backward, target(dy.device), dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, *need
         )
-        return run(split=need_dx and choose("lora_backward", dy, weight, run))
+        return run(split=need_dx and choose("lora_backward", dy, weight, lora_A, run))
 
 
 library.impl("lora_forward", lora_forward, "CUDA")

@@ -3,7 +3,7 @@
     fused   our kernel multiplies by W0 and adds the low-rank term in the same accumulators
     split   torch (cuBLAS) multiplies by W0, our kernels add the low-rank term
 
-The choice is kept per GPU, op, shape (M by powers of two) and dtype: in memory, and in cuda_paths.json in the cache folder
+The choice is kept per GPU, op, shape (M by powers of two) and dtypes: in memory, and in cuda_paths.json in the cache folder
 (LORA_OPS_CACHE, or lora_ops in XDG_CACHE_HOME or ~/.cache). LORA_OPS_CUDA_PATH=fused|split|auto forces one.
 """
 
@@ -58,37 +58,40 @@ class Choices:
         self._lock = threading.Lock()
         self._known: dict[str, str] = self._read()
 
-    def _read(self) -> dict[str, str]:
-        """All of the file or nothing: what another version wrote, or damage, is as good as no file."""
+    def _contents(self) -> dict[str, dict[str, str]]:
+        """Of the file, by machine. Raises ValueError where any of it is not what this version writes."""
         if self._file is None or not self._file.exists():
             return {}
+        content = json.loads(self._file.read_text())
+        by_machine = content.get("paths") if isinstance(content, dict) and content.get("format") == _FORMAT else None
+        if not isinstance(by_machine, dict) or not all(
+            isinstance(known, dict) and set(known.values()) <= set(PATHS) for known in by_machine.values()
+        ):
+            raise ValueError("it is not what this version writes")
+        return by_machine
+
+    def _read(self) -> dict[str, str]:
+        """What another version wrote, or damage, is as good as no file."""
         try:
-            content = json.loads(self._file.read_text())
-            known = content["paths"].get(self._machine, {})
-            if content["format"] != _FORMAT or not all(
-                isinstance(key, str) and path in PATHS for paths in content["paths"].values() for key, path in paths.items()
-            ):
-                raise ValueError("unknown contents")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            warnings.warn(f"{self._file} is ignored: {e!r}", stacklevel=2)
+            return self._contents().get(self._machine, {})
+        except (OSError, ValueError, TypeError) as e:
+            warnings.warn(f"{self._file} is ignored: {e}", stacklevel=3)
             return {}
-        return dict(known)
 
     def _write(self) -> None:
-        """Beside what other machines and processes have written; a folder that cannot be written costs a timing per process."""
+        """Beside what other machines and processes wrote; where the folder cannot be written, every process times anew."""
         if self._file is None:
             return
-        others: dict[str, dict[str, str]] = {}
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            content = json.loads(self._file.read_text())
-            others = dict(content["paths"]) if content["format"] == _FORMAT else {}
-        others[self._machine] = {**others.get(self._machine, {}), **self._known}
+        by_machine: dict[str, dict[str, str]] = {}
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            by_machine = self._contents()
+        by_machine[self._machine] = {**by_machine.get(self._machine, {}), **self._known}
         with contextlib.suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self._file.parent, suffix=".tmp")
             try:
                 with os.fdopen(handle, "w") as f:
-                    json.dump({"format": _FORMAT, "paths": others}, f, indent=1, sort_keys=True)
+                    json.dump({"format": _FORMAT, "paths": by_machine}, f, indent=1, sort_keys=True)
                 os.replace(name, self._file)
             except OSError:
                 os.unlink(name)
@@ -105,10 +108,22 @@ class Choices:
             return "fused" if M <= _FEW_ROWS else "split"
         with self._lock:
             if key not in self._known:
-                seconds = {path: self._clock(functools.partial(run, path)) for path in PATHS}
-                self._known[key] = min(PATHS, key=seconds.__getitem__)
+                self._known[key] = self._faster(run)
                 self._write()
             return self._known[key]
+
+    def _faster(self, run: Callable[[str], object]) -> str:
+        """A path that fails, as for want of memory, is not taken; if both do, the error is the caller's."""
+        seconds: dict[str, float] = {}
+        errors: list[Exception] = []
+        for path in PATHS:
+            try:
+                seconds[path] = self._clock(functools.partial(run, path))
+            except RuntimeError as e:
+                errors.append(e)
+        if not seconds:
+            raise errors[0]
+        return min(seconds, key=seconds.__getitem__)
 
     def known(self) -> dict[str, str]:
         return dict(self._known)
@@ -130,18 +145,19 @@ def cuda_clock(run: Callable[[], object]) -> float:
 
 @functools.cache
 def choices(device: torch.device) -> Choices:
-    """Of a GPU. Another driver, CUDA or version of this package times again."""
-    name = torch.cuda.get_device_name(device)
-    return Choices(cuda_clock, f"{name}, CUDA {torch.version.cuda}, lora_ops {__version__}", cache_file())
+    """Of a GPU. Another driver, torch or version of this package times again."""
+    name, driver = torch.cuda.get_device_name(device), torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    return Choices(cuda_clock, f"{name}, driver {driver}, torch {torch.__version__}, lora_ops {__version__}", cache_file())
 
 
-def choose(op: str, x: Tensor, weight: Tensor, run: Callable[..., object]) -> bool:
-    """Whether torch multiplies by W0, for x (..., K or N) and weight (N, K); run(split=...) is what is timed.
+def choose(op: str, x: Tensor, weight: Tensor, lora_A: Tensor, run: Callable[..., object]) -> bool:
+    """Whether torch multiplies by W0, for x (..., K or N), weight (N, K), lora_A (r, K); run(split=...) is what is timed.
 
     Nothing is timed while a CUDA graph is captured.
     """
     M = x.numel() // x.shape[-1]
     N, K = weight.shape
-    key = f"{op} M={bucket(M)} N={N} K={K} {str(x.dtype).removeprefix('torch.')}"
+    dtypes = " ".join(str(t.dtype).removeprefix("torch.") for t in (x, lora_A))
+    key = f"{op} M={bucket(M)} N={N} K={K} r={lora_A.shape[0]} {dtypes}"
     may_time = not torch.cuda.is_current_stream_capturing()
     return choices(x.device).choose(key, M, lambda path: run(split=path == "split"), may_time) == "split"
