@@ -100,9 +100,8 @@ def main_loop(code: list[tuple[int, str]]) -> Counter[str]:
     body = max(innermost, key=lambda loop: sum(opcode(t) == "HMMA" for t in loop[2]))[2]
     by_opcode = Counter(opcode(t) for t in body)
     mix = Counter({name: sum(by_opcode[o] for o in names) for name, names in CLASSES.items()})
+    mix["MUFU, CALL"] = by_opcode["MUFU"] + by_opcode["CALL"]  # what an integer division by a variable would leave
     mix["other"] = len(body) - sum(mix.values())
-    # Integer division is a call, or a reciprocal in fp32.
-    mix["division"] = by_opcode["MUFU"] + by_opcode["CALL"]
     mix["all"] = len(body)
     return mix
 
@@ -118,7 +117,7 @@ def demangled(names: Iterable[str]) -> dict[str, str]:
     if not shutil.which("c++filt"):
         return dict(zip(names, names, strict=True))
     text = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    short = (re.sub(r"lora_ops::|void |\(\w+\)(?=\d)", "", name) for name in text.splitlines())
+    short = (re.sub(r"lora_ops::|\(anonymous namespace\)::|void |\(\w+\)(?=\d)", "", name) for name in text.splitlines())
     return dict(zip(names, short, strict=True))
 
 
@@ -217,7 +216,7 @@ def summary(rows: list[Row]) -> list[str]:
 
 
 def loops(rows: list[Row], arch: int) -> list[str]:
-    names = [*CLASSES, "division", "other", "all"]
+    names = [*CLASSES, "MUFU, CALL", "other", "all"]
     lines = [f"| kernel, sm_{arch} | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
     for row in rows:
         if row.arch == arch and row.loop:
@@ -241,7 +240,7 @@ def main() -> None:
     rows.sort(key=lambda r: (r.source, r.kernel, r.arch))
 
     args.out.mkdir(exist_ok=True)
-    names = [*CLASSES, "division", "other", "all"]
+    names = [*CLASSES, "MUFU, CALL", "other", "all"]
     with open(args.out / "cuda_report.csv", "w", newline="") as f:
         table = csv.writer(f, lineterminator="\n")
         table.writerow(["source", "kernel", "sm", *Usage._fields, "warps_by_registers", *(f"loop_{n}" for n in names)])
@@ -264,8 +263,8 @@ Blocks have 128 threads. Warps by registers: what an SM can hold if registers al
 
 ## Main loops
 
-Instructions of the innermost loop that feeds the most HMMA from LDSM. `division`: MUFU and CALL, which is what an integer
-division would leave.
+Instructions of the innermost loop that feeds the most HMMA from LDSM. MUFU and CALL are what an integer division by a variable
+would leave.
 
 {chr(10).join(loops(rows, args.archs[0]))}
 

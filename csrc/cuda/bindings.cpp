@@ -1,6 +1,7 @@
 // lora_ops._C_cuda: addresses, sizes and a stream in, nothing of torch. lora_ops/cuda/ops.py has checked the arguments.
-#include "../bindings.h"
+#include <cuda_runtime_api.h>
 
+#include "../bindings.h"
 #include "lora_backward_down.h"
 #include "lora_backward_dx.h"
 #include "lora_backward_up.h"
@@ -75,6 +76,12 @@ void def_with_workspace(py::module_& m, const char* name, Op (*build)(Args...), 
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "Compiled CUDA kernels of lora_ops. Not a public interface.";
+  // The newest CUDA that the driver supports, 1000 · major + 10 · minor; 0 without a driver.
+  m.def("driver_version", [] {
+    int version = 0;
+    cudaDriverGetVersion(&version);
+    return version;
+  });
 
   def_with_workspace(m, "lora_down", lora_down, launch_lora_down);
   def_with_workspace(m, "lora_backward_up", lora_backward_up, launch_lora_backward_up);

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..autograd import library
 from ..ops import backward_reference, check, forward_reference
 from . import ops
-from .path import choose
+from .path import Choices, choices, choose
 
 
 @functools.cache
@@ -46,6 +46,10 @@ def target(device: torch.device) -> ops.Target:
     return ops.Target(extension(), _sm_count(device), torch.cuda.current_stream(device).cuda_stream)
 
 
+def known_paths(device: torch.device) -> Choices:
+    return choices(device, extension().driver_version())
+
+
 def lora_forward(
     x: Tensor,
     weight: Tensor,
@@ -63,7 +67,7 @@ def lora_forward(
     _check_seed(seed, x.device)
     with torch.cuda.device(x.device):
         run = functools.partial(ops.forward, target(x.device), x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
-        return run(split=choose("lora_forward", x, weight, lora_A, run))
+        return run(split=choose(known_paths(x.device), "lora_forward", x, weight, lora_A, run))
 
 
 def lora_backward(
@@ -89,7 +93,7 @@ def lora_backward(
         run = functools.partial(
             ops.backward, target(dy.device), dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, *need
         )
-        return run(split=need_dx and choose("lora_backward", dy, weight, lora_A, run))
+        return run(split=need_dx and choose(known_paths(dy.device), "lora_backward", dy, weight, lora_A, run))
 
 
 library.impl("lora_forward", lora_forward, "CUDA")

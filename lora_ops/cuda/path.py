@@ -144,13 +144,13 @@ def cuda_clock(run: Callable[[], object]) -> float:
 
 
 @functools.cache
-def choices(device: torch.device) -> Choices:
+def choices(device: torch.device, driver: int) -> Choices:
     """Of a GPU. Another driver, torch or version of this package times again."""
-    name, driver = torch.cuda.get_device_name(device), torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    name = torch.cuda.get_device_name(device)
     return Choices(cuda_clock, f"{name}, driver {driver}, torch {torch.__version__}, lora_ops {__version__}", cache_file())
 
 
-def choose(op: str, x: Tensor, weight: Tensor, lora_A: Tensor, run: Callable[..., object]) -> bool:
+def choose(known: Choices, op: str, x: Tensor, weight: Tensor, lora_A: Tensor, run: Callable[..., object]) -> bool:
     """Whether torch multiplies by W0, for x (..., K or N), weight (N, K), lora_A (r, K); run(split=...) is what is timed.
 
     Nothing is timed while a CUDA graph is captured.
@@ -160,4 +160,4 @@ def choose(op: str, x: Tensor, weight: Tensor, lora_A: Tensor, run: Callable[...
     dtypes = " ".join(str(t.dtype).removeprefix("torch.") for t in (x, lora_A))
     key = f"{op} M={bucket(M)} N={N} K={K} r={lora_A.shape[0]} {dtypes}"
     may_time = not torch.cuda.is_current_stream_capturing()
-    return choices(x.device).choose(key, M, lambda path: run(split=path == "split"), may_time) == "split"
+    return known.choose(key, M, lambda path: run(split=path == "split"), may_time) == "split"
