@@ -99,7 +99,7 @@ def _check_beside(x: Tensor, codes: Tensor, *beside) -> None:  # type: ignore[no
 
 def _forward_cpu(x: Tensor, *args):  # type: ignore[no-untyped-def]
     if x.dtype not in layout.DTYPES:
-        return _forward_reference(x, *args)
+        return forward_reference(x, *args)
     weight, (lora_A, lora_B, bias, seed, scaling, dropout_p) = Weight(*args[:7]), args[7:]
     check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     return _forward_checked(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
@@ -119,7 +119,7 @@ def _forward_checked(x: Tensor, weight: Weight, lora_A, lora_B, bias, seed, scal
 
 def _backward_cpu(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-untyped-def]
     if dy.dtype not in layout.DTYPES:
-        return _backward_reference(dy, x, *args)
+        return backward_reference(dy, x, *args)
     weight, (lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, *need) = Weight(*args[:7]), args[7:]
     g, K = ops.rows_of(dy), lora_A.shape[1]
     dx, for_kernel = torch.empty((g.shape[0], K) if need_dx else 0, dtype=dy.dtype), None
@@ -134,14 +134,14 @@ def _backward_cpu(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-untyp
     return dx.view(*dy.shape[:-1], K) if need_dx else dx, *rest
 
 
-def _forward_reference(x: Tensor, *args):  # type: ignore[no-untyped-def]
+def forward_reference(x: Tensor, *args):  # type: ignore[no-untyped-def]
     weight, (lora_A, lora_B, bias, seed, scaling, dropout_p) = Weight(*args[:7]), args[7:]
     check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     W = weight.dequantize(x.shape[-1], torch.promote_types(x.dtype, torch.float32))
     return ops.forward_reference(x, W, lora_A, lora_B, bias, None, seed, scaling, dropout_p)
 
 
-def _backward_reference(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-untyped-def]
+def backward_reference(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-untyped-def]
     weight, beside = Weight(*args[:7]), args[7:]
     W = weight.dequantize(beside[0].shape[1], torch.promote_types(dy.dtype, torch.float32))
     return ops.backward_reference(dy, x, W, *beside)
@@ -158,8 +158,8 @@ def _backward_fake(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-unty
     return ops.fake_gradients(dy, lora_A, lora_B, *need)
 
 
-_FORWARD = register("qlora_forward", _forward_cpu, _forward_reference, _forward_fake)
-_BACKWARD = register("qlora_backward", _backward_cpu, _backward_reference, _backward_fake)
+_FORWARD = register("qlora_forward", _forward_cpu, forward_reference, _forward_fake)
+_BACKWARD = register("qlora_backward", _backward_cpu, backward_reference, _backward_fake)
 register_autograd("qlora_forward", Operator(_FORWARD, _BACKWARD, weight_args=7))
 
 

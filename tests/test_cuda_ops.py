@@ -7,12 +7,14 @@ import pytest
 import torch
 from compare import BF16, F16, F32, Case, Dtypes, assert_within_bound, eager_lora, error, make_case, oracle
 from compare import run as run_case
+from four_bit import SETTINGS
 from ptx.build import REPOSITORY
 from ptx.device import Device, Run
 from torch import Tensor
 
-from lora_ops import reference
+from lora_ops import quantize_nf4, reference
 from lora_ops.cuda import ops
+from lora_ops.qlora_ops import weight_of
 
 pytestmark = pytest.mark.cuda
 
@@ -108,6 +110,21 @@ def test_the_mask_is_the_references(package):
         weight, B = torch.zeros(8, K, dtype=BF16), torch.zeros(8, 100, dtype=BF16)
         _, S = ops.forward(ops.Target(module, SM_COUNT, 0), x, weight, A, B, None, seed, 1.0, p, False)
     assert torch.equal(S, 2.0 * reference.dropout_keep(seed, p, M, K)[:, :100])
+
+
+@pytest.mark.parametrize("K", [1, 31, 64, 65, 127, 300, 1100])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_dequantize_is_the_cpus_bit_for_bit(package, dtype, K):
+    """Every kind of row's end, both codes, nested scales and not, blocks within rows and across them."""
+    module = extension(package)
+    for i, (blocksize, double_quant, quant_type) in enumerate(SETTINGS):
+        qweight = quantize_nf4(torch.randn(7 + i, K), blocksize, double_quant, quant_type)
+        with package.run() as run:
+            for t in vars(qweight).values():
+                if isinstance(t, Tensor):
+                    run.register(t, readonly=True)
+            actual = ops.dequantize(ops.Target(module, SM_COUNT, 0), weight_of(qweight), K, dtype)
+        assert torch.equal(actual, qweight.dequantize(dtype)), (blocksize, double_quant, quant_type)
 
 
 def test_what_a_launcher_refuses_is_an_error(package):

@@ -1,4 +1,4 @@
-"""lora_forward and lora_backward for CUDA tensors: by the kernels where there are some, else by reference.py."""
+"""lora_forward, lora_backward and their 4-bit siblings for CUDA tensors: by the kernels, or by reference.py."""
 
 import functools
 import importlib
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import qlora_ops
 from ..autograd import library
 from ..ops import backward_reference, check, forward_reference
+from ..qlora_ops import Weight
 from . import ops
 from .path import Choices, choices, choose
 
@@ -96,5 +98,31 @@ def lora_backward(
         return run(split=need_dx and choose(known_paths(dy.device), "lora_backward", dy, weight, lora_A, run))
 
 
+def qlora_forward(x: Tensor, *args):  # type: ignore[no-untyped-def]
+    """lora_forward on the decoded weight, which lives as long as the call."""
+    weight, beside = Weight(*args[:7]), args[7:]
+    if not has_kernel(x, weight.codes):
+        return qlora_ops.forward_reference(x, *args)
+    lora_A, lora_B, bias, seed, scaling, dropout_p = beside
+    qlora_ops.check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    with torch.cuda.device(x.device):
+        W = ops.dequantize(target(x.device), weight, x.shape[-1], x.dtype)
+    return lora_forward(x, W, lora_A, lora_B, bias, None, seed, scaling, dropout_p)
+
+
+def qlora_backward(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-untyped-def]
+    weight, beside = Weight(*args[:7]), args[7:]
+    if not has_kernel(dy, weight.codes):
+        return qlora_ops.backward_reference(dy, x, *args)
+    lora_A, need_dx = beside[0], beside[6]
+    with torch.cuda.device(dy.device):
+        # Without a dx nobody reads the weight; its shape is asked for all the same.
+        shape = (weight.codes.shape[0], lora_A.shape[1])
+        W = ops.dequantize(target(dy.device), weight, shape[1], dy.dtype) if need_dx else dy.new_empty(1).expand(shape)
+    return lora_backward(dy, x, W, *beside)
+
+
 library.impl("lora_forward", lora_forward, "CUDA")
 library.impl("lora_backward", lora_backward, "CUDA")
+library.impl("qlora_forward", qlora_forward, "CUDA")
+library.impl("qlora_backward", qlora_backward, "CUDA")

@@ -1,5 +1,6 @@
 """lora_forward and lora_backward on a GPU, kernel by kernel.
 
+    dequantize_4bit     W0 = values[code] · absmax, for what follows
     lora_down           S = drop(x) Aᵀ
     lora_forward        y = x W0ᵀ + scaling · S Bᵀ + bias
     lora_backward_up    dS = scaling · dy B, dB = scaling · dyᵀ S, dbias = Σ_rows dy        one pass over dy
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from .. import reference
 from ..ops import matrix, rows_of
+from ..qlora_ops import Weight
+from ..quant.layout import DTYPES, QUANT_TYPES
 
 HALF = (torch.bfloat16, torch.float16)
 _LARGEST = 1 << 30  # of a dimension: kernels count in 32 bits
@@ -55,6 +58,16 @@ def _strided(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
+
+
+def dequantize(target: Target, weight: Weight, K: int, dtype: torch.dtype) -> Tensor:
+    """A 4-bit weight (N, K) in dtype, both levels of its scales undone in one pass."""
+    out = weight.codes.new_empty((weight.codes.shape[0], K), dtype=dtype)
+    target.extension.dequantize_4bit(
+        *out.shape, QUANT_TYPES[weight.quant_type], weight.blocksize, weight.codes.data_ptr(), weight.absmax.data_ptr(),
+        *map(_address, (weight.nested_absmax, weight.nested_code, weight.offset)), out.data_ptr(), DTYPES[dtype], target.stream,
+    )  # fmt: skip
+    return out
 
 
 def forward(
