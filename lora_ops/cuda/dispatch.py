@@ -29,13 +29,13 @@ def extension() -> Any:
         return None
 
 
-def has_kernel(x: Tensor, weight: Tensor) -> bool:
-    return ops.has_kernel(x, weight) and extension() is not None
-
-
 @functools.cache
-def _sm_count(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _properties(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
+
+
+def has_kernel(x: Tensor, weight: Tensor) -> bool:
+    return ops.has_kernel(x, weight) and extension() is not None and _properties(x.device).major >= 8
 
 
 def _check_seed(seed: Tensor | None, device: torch.device) -> None:
@@ -45,7 +45,7 @@ def _check_seed(seed: Tensor | None, device: torch.device) -> None:
 
 
 def target(device: torch.device) -> ops.Target:
-    return ops.Target(extension(), _sm_count(device), torch.cuda.current_stream(device).cuda_stream)
+    return ops.Target(extension(), _properties(device).multi_processor_count, torch.cuda.current_stream(device).cuda_stream)
 
 
 def known_paths(device: torch.device) -> Choices:
