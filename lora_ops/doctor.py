@@ -6,7 +6,6 @@ and one ulp, and then timed, with the share of what the GPU's data sheet allows.
 
 import math
 import platform
-import statistics
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -129,21 +128,6 @@ def self_test(device: torch.device, cases: list[Case]) -> Iterator[tuple[Case, l
 # --- bench ------------------------------------------------------------------------------------------------------------
 
 
-def median_seconds(run: Callable[[], object], rounds: int = 20) -> float:
-    """On the current stream, by events."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
 def known(device: torch.device) -> dict[str, str]:
     """The paths chosen so far."""
     return dispatch.known_paths(device).known() if dispatch.extension() is not None else {}
@@ -177,7 +161,7 @@ def bench(device: torch.device) -> Iterator[str]:
                         with torch.no_grad():
                             run(x)
 
-                times[side] = median_seconds(once)
+                times[side] = path.cuda_clock(once, runs=20)
             share = ""
             if peak is not None:
                 flops, size = 2.0 * M * K * N, 2.0 * (M * K + N * K + M * N)

@@ -25,7 +25,6 @@ from .._version import __version__
 
 PATHS = ("fused", "split")
 _FORMAT = 1
-_RUNS = 5
 _FEW_ROWS = 64  # up to here, reading W0 is what takes time, and one kernel less is one launch less
 
 
@@ -129,11 +128,11 @@ class Choices:
         return dict(self._known)
 
 
-def cuda_clock(run: Callable[[], object]) -> float:
-    """Median seconds of a few runs on the current stream, by events, after one run that is not counted."""
+def cuda_clock(run: Callable[[], object], runs: int = 5) -> float:
+    """Median seconds of `runs` runs on the current stream, by events, after one run that is not counted."""
     run()
     times = []
-    for _ in range(_RUNS):
+    for _ in range(runs):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()

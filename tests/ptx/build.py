@@ -25,7 +25,7 @@ NVCC = shutil.which("nvcc")
 
 # -fwrapv: PTX integers wrap. No contraction: a mul and an add are rounded twice.
 _HOST_FLAGS = [
-    *("-std=c++17", "-O3", "-march=native", "-fPIC", "-Wall", "-Wextra"),
+    *("-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra"),
     *("-fwrapv", "-fno-strict-aliasing", "-ffp-contract=off"),
 ]
 _CUDA_FLAGS = [
