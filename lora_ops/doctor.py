@@ -6,6 +6,7 @@ and one ulp, and then timed, with the share of what the GPU's data sheet allows.
 
 import math
 import platform
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -136,7 +137,8 @@ def known(device: torch.device) -> dict[str, str]:
 def bench(device: torch.device) -> Iterator[str]:
     """Lines of a table: bf16, fp32 adapters, r = 16, forward and forward + backward."""
     name = torch.cuda.get_device_name(device)
-    peak = next((peaks for part, peaks in PEAKS.items() if part in name), None)
+    # Whole words: neither an L40 nor an RTX 4090 D is what its name begins with.
+    peak = next((peaks for part, peaks in PEAKS.items() if re.search(rf"\b{part}\b(?! D\b| Laptop)", name)), None)
     yield "  M x K x N             pass   F.linear   eager LoRA   lora_ops   path    of the roofline"
     for M, K, N in BENCH:
         x = torch.randn(M, K, device=device, dtype=_BF16)
