@@ -317,8 +317,9 @@ __global__ void __launch_bounds__(kGemmThreads, 2) gemm_kernel(const __grid_cons
   const int2 tile = tile_of_block(p.tiles_m, p.tiles_n);
   const int row0 = tile.x * TileT::kRows, column0 = tile.y * TileT::kColumns;
   const int steps = p.accumulate ? 0 : (p.depth + TileT::kDepth - 1) / TileT::kDepth;
-  gemm<T, TileT, WeightFragments<TileT, kWeightRows>, kDropout>(p, row0, column0, steps, InCopies(p.in, p.in_stride, row0, p.M, p.depth),
-                                        WeightCopies(p.weight, p.weight_stride, column0, p.columns, p.depth));
+  gemm<T, TileT, WeightFragments<TileT, kWeightRows>, kDropout>(
+      p, row0, column0, steps, InCopies(p.in, p.in_stride, row0, p.M, p.depth),
+      WeightCopies(p.weight, p.weight_stride, column0, p.columns, p.depth));
 }
 
 }  // namespace lora_ops

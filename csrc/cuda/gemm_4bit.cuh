@@ -1,4 +1,5 @@
-// gemm.cuh's kernel with a weight in 4 bits, which is decoded from shared memory straight into fragments: it exists nowhere else.
+// gemm.cuh's kernel with a weight in 4 bits, which is decoded from shared memory straight into fragments: it exists nowhere
+// else.
 //
 //     out (M, columns) = in (M, depth) · weightᵀ + factor · drop'(left rightᵀ) + bias
 //
@@ -45,7 +46,8 @@ struct Tile4Bit : TileT {
   static constexpr int kStagesBytes = TileT::kStages * kStageBytes;
   static constexpr int kSharedBytes = kStagesBytes + kCodes * sizeof(float);
   static_assert(kWeightRows ? TileT::kDepth == kChunk : TileT::kColumns == kChunk, "a row of the tile is a chunk");
-  static_assert(TileT::kWarpsM == 1 && kWeightTileRows <= kGemmThreads, "no weight is decoded twice; a thread per row's scales");
+  static_assert(TileT::kWarpsM == 1 && kWeightTileRows <= kGemmThreads,
+                "no weight is decoded twice; a thread per row's scales");
   static_assert(TileT::kRows * TileT::kColumns * 2 <= kStagesBytes, "out leaves through the stages' memory");
 };
 
@@ -91,7 +93,8 @@ struct Copies4Bit {
   }
 
  private:
-  // The first weight of the first step's chunk of the tile's row `row`. Rows of out's columns that do not exist repeat the last.
+  // The first weight of the first step's chunk of the tile's row `row`. Rows of out's columns that do not exist repeat the
+  // last.
   __device__ int64_t at(int column0, int row) const {
     return kWeightRows ? min(column0 + row, p.gemm.columns - 1) * p.row_weights : row * p.row_weights + column0;
   }
@@ -178,9 +181,9 @@ __global__ void __launch_bounds__(kGemmThreads, 2) gemm_4bit_kernel(const __grid
   store_values(shared_address(shared_memory()) + TileT::kStagesBytes, p.values);
   const int2 tile = tile_of_block(p.gemm.tiles_m, p.gemm.tiles_n);
   const int row0 = tile.x * TileT::kRows, column0 = tile.y * TileT::kColumns;
-  gemm<T, TileT, Fragments4Bit<T, TileT>, kDropout>(
-      p.gemm, row0, column0, (p.gemm.depth + TileT::kDepth - 1) / TileT::kDepth,
-      InCopies(p.gemm.in, p.gemm.in_stride, row0, p.gemm.M, p.gemm.depth), Copies4Bit<TileT>(p, column0));
+  gemm<T, TileT, Fragments4Bit<T, TileT>, kDropout>(p.gemm, row0, column0, (p.gemm.depth + TileT::kDepth - 1) / TileT::kDepth,
+                                                    InCopies(p.gemm.in, p.gemm.in_stride, row0, p.gemm.M, p.gemm.depth),
+                                                    Copies4Bit<TileT>(p, column0));
 }
 
 }  // namespace lora_ops

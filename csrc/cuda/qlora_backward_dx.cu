@@ -1,7 +1,7 @@
 // dx = dy W0 + drop'(dS A)      (M, K) = (M, N) (N, K) + (M, r) (r, K), W0 in 4 bits
 //
-// gemm_4bit.cuh's kernel: a tile of dx is a chunk wide, a step 64 rows of the weight. Backward passes have many rows, so there is
-// one tile.
+// gemm_4bit.cuh's kernel: a tile of dx is a chunk wide, a step 64 rows of the weight. Backward passes have many rows, so there
+// is one tile.
 #include "qlora_backward_dx.h"
 
 #include "gemm_4bit_launch.cuh"
