@@ -6,8 +6,8 @@
     lora_backward_dx    dx = dy W0 + drop'(dS A)
     lora_backward_down  dA = dSᵀ drop(x)
 
-A 4-bit W0 is decoded inside qlora_forward and qlora_backward_dx, which take the places of lora_forward and lora_backward_dx; where
-they do not take the shape, dequantize_4bit writes it out for the length of the call.
+A 4-bit W0 is decoded inside qlora_forward and qlora_backward_dx, in the places of lora_forward and lora_backward_dx; where they
+do not take the shape, dequantize_4bit writes it out for the length of the call.
 
 `split` leaves x W0ᵀ and dy W0 to torch (cuBLAS), and the kernels add the rest. Every tensor is torch's, workspaces included;
 the dropout seed stays on the device; nothing waits for the GPU.
