@@ -1,4 +1,4 @@
-// dx = dy W0 + drop'(dS A)
+// dx = dy W0 + drop'((dS ∘ gate) A)
 #pragma once
 
 #include "params.h"
@@ -11,9 +11,12 @@ struct CudaLoraBackwardDx {
   Matrix weight;    // (N, K) dy's dtype, or absent: dx already holds dy W0
   Matrix lora_A;    // (r, K) dy's dtype or fp32
   Matrix dx;        // (M, K) dy's dtype
-  const float* dS;  // (M, r) contiguous
+  const float* dS;  // (M, r), rows dS_row_stride elements apart
   DeviceDropout dropout;
   GemmTile tile = GemmTile::automatic;
+  int64_t dS_row_stride = 0;    // 0: r
+  const float* gate = nullptr;  // (M, r), rows gate_row_stride elements apart, or absent
+  int64_t gate_row_stride = 0;  // 0: one gate (r) for all rows
 };
 
 void launch_lora_backward_dx(const CudaLoraBackwardDx& p, void* stream);

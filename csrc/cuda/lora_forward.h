@@ -1,4 +1,4 @@
-// y = x W0ᵀ + scaling · S Bᵀ + bias
+// y = m ∘ (x W0ᵀ + scaling · (S ∘ gate) Bᵀ) + bias
 #pragma once
 
 #include "params.h"
@@ -12,9 +12,13 @@ struct CudaLoraForward {
   Matrix lora_B;   // (N, r) x's dtype or fp32
   Matrix bias;     // (1, N) x's dtype or fp32, or absent
   Matrix y;        // (M, N) x's dtype
-  const float* S;  // (M, r) contiguous
+  const float* S;  // (M, r), rows S_row_stride elements apart
   float scaling;
   GemmTile tile = GemmTile::automatic;
+  int64_t S_row_stride = 0;     // 0: r
+  const float* gate = nullptr;  // (M, r), rows gate_row_stride elements apart, or absent
+  int64_t gate_row_stride = 0;  // 0: one gate (r) for all rows
+  Matrix m;                     // (1, N) x's dtype or fp32, or absent
 };
 
 void launch_lora_forward(const CudaLoraForward& p, void* stream);
