@@ -310,16 +310,20 @@ __device__ __forceinline__ void gemm(const P& p, int row0, int column0, int step
 }
 
 // kWeightRows: the weight is (columns, depth) in memory. kVector: in's and weight's rows are aligned to 16 bytes.
-template <class T, class TileT, bool kWeightRows, bool kVector, bool kDropout>
-__global__ void __launch_bounds__(kGemmThreads, 2) gemm_kernel(const __grid_constant__ Gemm p) {
+template <class T, class TileT, bool kWeightRows, bool kVector, bool kDropout, class P>
+__device__ __forceinline__ void gemm_tile(const P& p, int2 tile) {
   using InCopies = RowCopies<TileT::kRows, TileT::kDepth, kVector>;
   using WeightCopies = std::conditional_t<kWeightRows, RowCopies<TileT::kColumns, TileT::kDepth, kVector>,
                                           ColumnCopies<TileT::kColumns, TileT::kDepth, kVector>>;
-  const int2 tile = tile_of_block(p.tiles_m, p.tiles_n);
   const int row0 = tile.x * TileT::kRows, column0 = tile.y * TileT::kColumns;
   const int steps = p.accumulate ? 0 : (p.depth + TileT::kDepth - 1) / TileT::kDepth;
   gemm<T, TileT, kWeightRows, kDropout>(p, row0, column0, steps, InCopies(p.in, p.in_stride, row0, p.M, p.depth),
                                         WeightCopies(p.weight, p.weight_stride, column0, p.columns, p.depth));
+}
+
+template <class T, class TileT, bool kWeightRows, bool kVector, bool kDropout>
+__global__ void __launch_bounds__(kGemmThreads, 2) gemm_kernel(const __grid_constant__ Gemm p) {
+  gemm_tile<T, TileT, kWeightRows, kVector, kDropout>(p, tile_of_block(p.tiles_m, p.tiles_n));
 }
 
 }  // namespace lora_ops

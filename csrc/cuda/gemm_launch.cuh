@@ -16,15 +16,21 @@ inline bool aligned(const void* data, int64_t stride, int elements, DType dtype)
   return reinterpret_cast<uintptr_t>(data) % (elements * size_of(dtype)) == 0 && stride % elements == 0;
 }
 
-// Cuts out into tiles: the grid.
-template <class TileT>
-dim3 cut(const char* name, Gemm& p, const std::string& shapes) {
-  const int64_t tiles_m = (static_cast<int64_t>(p.M) + TileT::kRows - 1) / TileT::kRows;
-  const int64_t tiles_n = (static_cast<int64_t>(p.columns) + TileT::kColumns - 1) / TileT::kColumns;
+inline int64_t tiles_of(int64_t size, int tile) {
+  return (size + tile - 1) / tile;
+}
+
+// The grid of a kernel whose parameters hold how many tiles there are.
+template <class P>
+dim3 cut(const char* name, P& p, int64_t tiles_m, int64_t tiles_n, const std::string& shapes) {
   require(tiles_m * tiles_n <= INT_MAX && tiles_n <= INT_MAX / kGroup, name, "too many tiles", shapes);
   p.tiles_m = static_cast<int>(tiles_m);
   p.tiles_n = static_cast<int>(tiles_n);
   return dim3(static_cast<unsigned>(tiles_m * tiles_n));
+}
+template <class TileT>
+dim3 cut(const char* name, Gemm& p, const std::string& shapes) {
+  return cut(name, p, tiles_of(p.M, TileT::kRows), tiles_of(p.columns, TileT::kColumns), shapes);
 }
 
 inline Matrix transpose(const Matrix& m) {
@@ -68,8 +74,7 @@ void launch_typed(const DenseGemm& op, const P& p, int64_t columns, bool vector,
   if (!vector) return launch_tile<Kernel, T, MediumTile, false>(op, p, stream);
   GemmTile tile = op.tile;
   if (tile == GemmTile::automatic) {
-    const int64_t M = op.gemm.M, large = (M + LargeTile::kRows - 1) / LargeTile::kRows *
-                                         ((columns + LargeTile::kColumns - 1) / LargeTile::kColumns);
+    const int64_t M = op.gemm.M, large = tiles_of(M, LargeTile::kRows) * tiles_of(columns, LargeTile::kColumns);
     tile = M <= SmallTile::kRows ? GemmTile::small : large < kBlocksToFill ? GemmTile::medium : GemmTile::large;
   }
   switch (tile) {

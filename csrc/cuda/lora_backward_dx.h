@@ -21,7 +21,13 @@ struct CudaLoraBackwardDx {
 
 void launch_lora_backward_dx(const CudaLoraBackwardDx& p, void* stream);
 
+// dx = Σ_i dy_i W_i + drop'((dS ∘ gate) A) of `count` (1 ... kMaxGroup) layers that share x, in one launch and rounded once. Of
+// the first one everything counts, with dS (M, Σ r) and A (Σ r, K) of all layers, one beside and below the other; of the others
+// N, dy and weight. Weights are all (N, K), or all transposed views.
+void launch_lora_backward_dx_group(const CudaLoraBackwardDx* ops, int count, void* stream);
+
 }  // namespace lora_ops
 
 // 0, or 1 with the reason in lora_ops_last_error().
 extern "C" int lora_ops_lora_backward_dx(const lora_ops::CudaLoraBackwardDx* params, void* stream);
+extern "C" int lora_ops_lora_backward_dx_group(const lora_ops::CudaLoraBackwardDx* params, int count, void* stream);

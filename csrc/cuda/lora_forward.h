@@ -23,7 +23,13 @@ struct CudaLoraForward {
 
 void launch_lora_forward(const CudaLoraForward& p, void* stream);
 
+// `count` (1 ... kMaxGroup) layers that share x, in one launch: one M, K, dtype and tile (the first one's), and weights that are
+// all (N, K), or all transposed views. Everything else is each layer's own. S of all may be columns of one matrix, for which
+// lora_down ran once with the lora_A of all, one below the other.
+void launch_lora_forward_group(const CudaLoraForward* ops, int count, void* stream);
+
 }  // namespace lora_ops
 
 // 0, or 1 with the reason in lora_ops_last_error().
 extern "C" int lora_ops_lora_forward(const lora_ops::CudaLoraForward* params, void* stream);
+extern "C" int lora_ops_lora_forward_group(const lora_ops::CudaLoraForward* params, int count, void* stream);
