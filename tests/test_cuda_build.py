@@ -31,7 +31,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def extension(nvcc: str) -> Path:
-    """Built for the oldest and the newest architecture, where a spilled register is an error; again only for changed sources."""
+    """For the oldest and the newest architecture, where spilled registers are errors; built again only for changed sources."""
     work = REPOSITORY / "build" / "cuda"
     done = setup(
         *("build_ext", "--build-lib", str(work / "lib"), "--build-temp", str(work)),

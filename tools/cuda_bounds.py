@@ -50,16 +50,21 @@ def product(shape: Shape) -> float:
     return 2.0 * shape.M * shape.K * shape.N
 
 
-def base_bytes(shape: Shape) -> float:
-    """That the bare product reads and writes, in 16 bits; dy W0 as much as x W0ᵀ."""
+def weight_bytes(shape: Shape, quantized: bool) -> float:
+    """In 16 bits, or in 4 with a byte of scale per 64; what is per 256 of those is left out."""
+    return shape.K * shape.N * (1 / 2 + 1 / 64 if quantized else 2)
+
+
+def base_bytes(shape: Shape, quantized: bool = False) -> float:
+    """That the bare product reads and writes; dy W0 as much as x W0ᵀ."""
     M, K, N, _ = shape
-    return 2.0 * (M * K + N * K + M * N)
+    return 2.0 * (M * K + M * N) + weight_bytes(shape, quantized)
 
 
-def kernels(shape: Shape, adapter: torch.dtype, backward: bool) -> list[Work]:
+def kernels(shape: Shape, adapter: torch.dtype, backward: bool, quantized: bool = False) -> list[Work]:
     """Ours, without partial sums: those depend on the GPU."""
     M, K, N, r = shape
-    x, y, W, S = 2 * M * K, 2 * M * N, 2 * K * N, 4 * M * r
+    x, y, W, S = 2 * M * K, 2 * M * N, weight_bytes(shape, quantized), 4 * M * r
     A, B = r * K * adapter.itemsize, N * r * adapter.itemsize
     if not backward:
         return [
@@ -90,8 +95,9 @@ class _Operations(TorchDispatchMode):
         return out
 
 
-def eager(shape: Shape, adapter: torch.dtype, backward: bool) -> list[Work]:
-    """The kernels of a bf16 layer under PEFT, forward or backward: as autograd runs them, on tensors without memory."""
+def eager(shape: Shape, adapter: torch.dtype, backward: bool, quantized: bool = False) -> list[Work]:
+    """The kernels of a bf16 layer under PEFT, forward or backward: as autograd runs them, on tensors without memory. A weight
+    in 4 bits is first written in 16."""
     M, K, N, r = shape
 
     def empty(*size: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> torch.Tensor:
@@ -102,11 +108,12 @@ def eager(shape: Shape, adapter: torch.dtype, backward: bool) -> list[Work]:
     with _Operations() as forward:
         y = F.linear(x, W)
         y = (y + F.linear(F.linear(x.to(adapter), A), B) * 2.0).to(y.dtype)
+    decode = [Work("dequantize", 0.0, weight_bytes(shape, True) + W.nbytes)] if quantized else []
     if not backward:
-        return forward.work
+        return decode + forward.work
     with _Operations() as gradients:
         torch.autograd.grad(y, (x, A, B), dy)
-    return gradients.work
+    return decode + gradients.work
 
 
 def seconds(work: list[Work], gpu: str) -> float:
@@ -152,15 +159,21 @@ def figure(folder: Path) -> None:
             color="black",
             lw=1.5,
         )
-        for label, side, marker in (("lora_ops: 2 kernels", kernels, "^"), ("eager LoRA: 5 kernels", eager, "s")):
+        sides = (
+            ("lora_ops: 2 kernels", kernels, False, "^"),
+            ("eager: 5 kernels", eager, False, "s"),
+            ("lora_ops, W0 in 4 bits: 2 kernels", kernels, True, "v"),
+            ("eager, W0 in 4 bits: 6 kernels", eager, True, "D"),
+        )
+        for label, side, quantized, marker in sides:
             points = []
             for shape in shapes:
-                work = side(shape, torch.bfloat16, False)
+                work = side(shape, torch.bfloat16, False, quantized)
                 points.append(
                     (sum(w.flop for w in work) / sum(w.bytes for w in work), product(shape) / seconds(work, gpu) / 1e12)
                 )
-            ax.plot(*zip(*points, strict=True), marker, label=label, alpha=0.8)
-            if side is kernels:
+            ax.plot(*zip(*points, strict=True), marker, label=label, alpha=0.8, markersize=5)
+            if side is kernels and not quantized:
                 for M, (across, up) in zip(ROWS, points, strict=True):
                     ax.annotate(str(M), (across, up), xytext=(0, 6), textcoords="offset points", fontsize=8, ha="center")
         ax.set(xscale="log", yscale="log", title=f"{gpu}: {peak / 1e12:.0f} Tflop/s, {bandwidth / 1e12:.2f} TB/s")

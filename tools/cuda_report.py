@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from cuda_bounds import ROOT, bounds, figure
 from cuda_code import ARCHS, CLASSES, MULTIPROCESSORS, Kernel, Usage, blocks_per_multiprocessor, examine, tool
-from cuda_traffic import SHAPES, Counted, Kernels, count, fusion, launched, per_tensor, wavefronts
+from cuda_traffic import CASES, Counted, Kernels, count, fusion, launched, per_tensor, wavefronts
 from ptx.device import Counter, Launch
 from tqdm import tqdm
 
@@ -92,12 +92,12 @@ def write_csv(folder: Path, kernels: list[Kernel], launches: Launches, counted: 
             table.writerow([k.source, k.name, k.arch, *k.usage, *of_launch, *loop])
     with open(folder / "cuda_report_counters.csv", "w", newline="") as f:
         table = csv.writer(f, lineterminator="\n")
-        table.writerow(["pass", "M", "K", "N", "r", "adapters", *Counter._fields])
+        table.writerow(["pass", "M", "K", "N", "r", "weight", "adapters", *Counter._fields])
         for c in counted:
             for counter in c.counters:
                 if counter.wavefronts or counter.sectors or counter.opcode.startswith("mma."):
-                    which = ["backward" if c.backward else "forward", *c.shape, str(c.adapter).removeprefix("torch.")]
-                    table.writerow([*which, *counter])
+                    which = ["backward" if c.backward else "forward", *c.shape, "nf4" if c.quantized else "bfloat16"]
+                    table.writerow([*which, str(c.adapter).removeprefix("torch."), *counter])
 
 
 def main() -> None:
@@ -112,10 +112,9 @@ def main() -> None:
     device = Kernels()
     launches = launched(device)
     counted = [
-        count(device, shape, adapter, backward)
-        for shape in SHAPES.values()
+        count(device, shape, adapter, backward, quantized)
+        for shape, backward, quantized in CASES
         for adapter in (torch.bfloat16, torch.float32)
-        for backward in (False, True)
     ]
     jobs = [(source, arch) for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) for arch in args.archs]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -150,7 +149,8 @@ kernel moved once; in brackets, how much that is beyond the bare product's bound
 
 Bytes of global memory. Here: what each launch touched at least once when it was executed, partial sums included (split as for
 an A100). Eager: what autograd runs for a bf16 layer under PEFT, each operation reading and writing its operands once, which is
-the least that it can do. No dropout, which would add a mask to eager's and nothing here.
+the least that it can do; a weight in 4 bits is written in 16 before it is multiplied. No dropout, which would add a mask to
+eager's and nothing here.
 
 {chr(10).join(fusion(counted))}
 

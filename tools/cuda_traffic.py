@@ -23,12 +23,14 @@ from ptx.device import Counters, Device, Launch, Run, Traffic
 
 from lora_ops import quantize_nf4
 from lora_ops.cuda import ops
-from lora_ops.qlora_ops import weight_of
+from lora_ops.qlora_ops import Weight, weight_of
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SM_COUNT = 108  # an A100's; it fixes how sums are split
-# One for each of gemm.cuh's tiles, whole tiles all of them.
-SHAPES = {"small": Shape(32, 512, 384, 16), "medium": Shape(256, 512, 384, 16), "large": Shape(1280, 1280, 1280, 16)}
+SMALL, MEDIUM, LARGE = Shape(32, 512, 384, 16), Shape(256, 512, 384, 16), Shape(1280, 1280, 1280, 16)
+# (shape, backward, quantized): each tile that the launch code picks, and whole tiles all of them.
+CASES = [(shape, backward, False) for shape in (SMALL, MEDIUM, LARGE) for backward in (False, True)]
+CASES += [(SMALL, False, True), (MEDIUM, False, True), (MEDIUM, True, True)]
 
 
 class Kernels:
@@ -58,6 +60,7 @@ class Counted(NamedTuple):
     shape: Shape
     adapter: torch.dtype
     backward: bool
+    quantized: bool
     counters: Counters
     launches: list[Launch]
     moved: list[Moved]
@@ -65,21 +68,27 @@ class Counted(NamedTuple):
 
 
 def label(entry: str, backward: bool) -> str:
-    """lora_down and lora_forward<Tile<64, 64, 64, 2, 3>>: which op runs gemm.cuh's kernel is not in its name."""
+    """lora_down, or lora_forward Tile<64, 64, 64, 2, 3>: which op runs a GEMM is not in its name."""
     name = demangled([entry])[entry]
     tile = re.search(r"Tile<.*?>", name)
-    if name.startswith("gemm_kernel") and tile:
-        return f"{'lora_backward_dx' if backward else 'lora_forward'} {tile[0]}"
+    if name.startswith("gemm_") and tile:
+        return f"{'qlora' if '4bit' in name else 'lora'}_{'backward_dx' if backward else 'forward'} {tile[0]}"
     return name.split("<")[0].removesuffix("_kernel")
 
 
-def count(kernels: Kernels, shape: Shape, adapter: torch.dtype, backward: bool) -> Counted:
+def count(kernels: Kernels, shape: Shape, adapter: torch.dtype, backward: bool, quantized: bool = False) -> Counted:
     """The op's forward, or its backward with everything but dbias. Zeros: what is counted does not depend on values."""
     M, K, N, r = shape
     with kernels.device.run() as run:
-        x, dy, W = torch.zeros(M, K, dtype=BF16), torch.zeros(M, N, dtype=BF16), torch.zeros(N, K, dtype=BF16)
+        x, dy = torch.zeros(M, K, dtype=BF16), torch.zeros(M, N, dtype=BF16)
         A, B = torch.zeros(r, K, dtype=adapter), torch.zeros(N, r, dtype=adapter)
-        tensors = {"x": x, "W0": W, "A": A, "B": B}
+        tensors = {"x": x, "A": A, "B": B}
+        W: Tensor | Weight
+        if quantized:
+            W = registered_4bit(run, N, K)
+            tensors |= {"W0's codes": W.codes, "W0's scales": W.absmax}
+        else:
+            W = tensors["W0"] = torch.zeros(N, K, dtype=BF16)
         if backward:
             S = torch.zeros(M, r)
             dx, dA, dB, _ = ops.backward(kernels.target, dy, x, W, A, B, S, None, 1.0, 0.0, True, True, True, False, False)
@@ -88,7 +97,15 @@ def count(kernels: Kernels, shape: Shape, adapter: torch.dtype, backward: bool) 
             y, S = ops.forward(kernels.target, x, W, A, B, None, None, 1.0, 0.0, False)
             tensors |= {"y": y, "S": S}
         moved = list(_moved(run, tensors, backward))
-    return Counted(shape, adapter, backward, run.counters, run.launches, moved, run.traffic())
+    return Counted(shape, adapter, backward, quantized, run.counters, run.launches, moved, run.traffic())
+
+
+def registered_4bit(run: Run, N: int, K: int, quant_type: str = "nf4") -> Weight:
+    qweight = quantize_nf4(torch.ones(N, K), quant_type=quant_type)
+    for t in vars(qweight).values():
+        if isinstance(t, Tensor):
+            run.register(t, readonly=True)
+    return weight_of(qweight)
 
 
 def _moved(run: Run, tensors: dict[str, Tensor], backward: bool) -> Iterator[Moved]:
@@ -100,15 +117,16 @@ def _moved(run: Run, tensors: dict[str, Tensor], backward: bool) -> Iterator[Mov
 
 
 def implied(kernel: str, shape: Shape, launches: list[Launch]) -> dict[str, int]:
-    """How often the tiling says that a kernel reads a tensor. Written is everything once."""
+    """How often the tiling says that a kernel reads a tensor. Results are written once."""
     tile = re.search(r"Tile<(\d+), (\d+), \d+, (\d+), \d+>", kernel)
     if tile:
         rows, columns, warps_m = map(int, tile.groups())
         tiles_m = -(-shape.M // rows)
-        if kernel.startswith("lora_forward"):
+        weight = {"W0's codes": tiles_m} if kernel.startswith("qlora") else {"W0": tiles_m}
+        if "forward" in kernel:
             tiles_n = -(-shape.N // columns)
-            return {"x": tiles_n, "W0": tiles_m, "S": tiles_n * (4 // warps_m), "B": tiles_m * warps_m}
-        return {"dy": -(-shape.K // columns), "W0": tiles_m, "A": tiles_m * warps_m}
+            return {"x": tiles_n, **weight, "S": tiles_n * (4 // warps_m), "B": tiles_m * warps_m}
+        return {"dy": -(-shape.K // columns), **weight, "A": tiles_m * warps_m}
     grid = next(launch.grid for launch in launches if kernel in launch.entry)
     return {
         "lora_down": {"x": grid[2], "A": grid[0]},
@@ -130,12 +148,15 @@ def launched(kernels: Kernels) -> dict[str, Launch]:
                     ops.forward(kernels.target, x, W, A, B, None, None, 1.0, 0.0, False)
                     ops.backward(kernels.target, dy, x, W, A, B, S, None, 1.0, 0.0, *[True] * 4, False)
         for quant_type in ("nf4", "fp4"):
-            qweight = quantize_nf4(torch.randn(8, 64), quant_type=quant_type)
-            for t in vars(qweight).values():
-                if isinstance(t, Tensor):
-                    run.register(t)
+            W = registered_4bit(run, 8, 128, quant_type)
             for dtype in (BF16, F16, F32):
-                ops.dequantize(kernels.target, weight_of(qweight), 64, dtype)
+                ops.dequantize(kernels.target, W, 128, dtype)
+            for dtype in (BF16, F16):
+                A, B = torch.zeros(4, 128, dtype=dtype), torch.zeros(8, 4, dtype=dtype)
+                for M in (1, 33, 65, 129):
+                    x, dy, S = torch.zeros(M, 128, dtype=dtype), torch.zeros(M, 8, dtype=dtype), torch.zeros(M, 4)
+                    ops.forward(kernels.target, x, W, A, B, None, None, 1.0, 0.0, False)
+                    ops.backward(kernels.target, dy, x, W, A, B, S, None, 1.0, 0.0, *[True] * 4, False)
         names = demangled({launch.entry for launch in run.launches})
         return {names[launch.entry]: launch for launch in run.launches}
 
@@ -173,15 +194,15 @@ def per_tensor(counted: list[Counted]) -> list[str]:
 
 def fusion(counted: list[Counted]) -> list[str]:
     lines = [
-        "| pass | M x K x N | A and B | eager, at least | here, counted | saved | beyond the bare product: eager | here |",
+        "| pass | M x K x N | W0; A and B | eager, at least | here, counted | saved | beyond the bare product: eager | here |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for c in counted:
-        theirs = sum(w.bytes for w in eager(c.shape, c.adapter, c.backward))
-        ours, bare = c.total.distinct_read + c.total.distinct_written, base_bytes(c.shape)
+        theirs = sum(w.bytes for w in eager(c.shape, c.adapter, c.backward, c.quantized))
+        ours, bare = c.total.distinct_read + c.total.distinct_written, base_bytes(c.shape, c.quantized)
+        what = f"{'4 bits' if c.quantized else 'bf16'}; {'fp32' if c.adapter == F32 else 'bf16'}"
         lines.append(
-            f"| {'backward' if c.backward else 'forward'} | {c.shape} | {'fp32' if c.adapter == F32 else 'bf16'} "
-            f"| {theirs / 1e6:.2f} MB | {ours / 1e6:.2f} MB | {1 - ours / theirs:.0%} "
-            f"| {(theirs - bare) / 1e6:.2f} MB | {(ours - bare) / 1e6:.2f} MB |"
+            f"| {'backward' if c.backward else 'forward'} | {c.shape} | {what} | {theirs / 1e6:.2f} MB | {ours / 1e6:.2f} MB "
+            f"| {1 - ours / theirs:.0%} | {(theirs - bare) / 1e6:.2f} MB | {(ours - bare) / 1e6:.2f} MB |"
         )
     return lines
