@@ -6,6 +6,10 @@ import torch
 from ptx.device import Run
 from torch import Tensor
 
+from lora_ops import NF4Weight
+from lora_ops.qlora_ops import weight_of
+from lora_ops.quant.layout import QUANT_TYPES
+
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TILES = {"automatic": 0, "small": 1, "medium": 2, "large": 3}
 
@@ -48,6 +52,24 @@ class LoraBackwardDx(ctypes.Structure):
         ("gate", ctypes.c_void_p),
         ("gate_row_stride", ctypes.c_int64),
     ]
+
+
+class QuantizedWeight(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "absmax", "nested_absmax", "nested_code", "offset")),
+        ("blocksize", ctypes.c_int64),
+        ("quant_type", ctypes.c_int),
+    ]
+
+
+def quantized(run: Run, qweight: NF4Weight) -> QuantizedWeight:
+    """The weight as the run's device has it, never written to."""
+    tensors = weight_of(qweight)[:5]
+    for t in tensors:
+        if t is not None:
+            run.register(t, readonly=True)
+    addresses = (None if t is None else t.data_ptr() for t in tensors)
+    return QuantizedWeight(*addresses, qweight.blocksize, QUANT_TYPES[qweight.quant_type])
 
 
 def matrix(t: Tensor | None) -> Matrix:

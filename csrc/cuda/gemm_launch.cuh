@@ -107,8 +107,8 @@ inline Gemm describe(const char* name, int64_t M, int64_t columns, int64_t depth
                      const float* left, const Matrix& right, float factor, const Matrix& bias, const DeviceDropout& dropout,
                      const Matrix& out, const std::string& sizes) {
   require(std::max({M, columns, depth, rank}) <= INT_MAX / 2, name, "a size is beyond 2^30", sizes);
-  require(out.dtype != DType::f32 && (in.data == nullptr || in.dtype == out.dtype), name,
-          "takes bf16 or fp16, and one of them", sizes);
+  require(out.dtype != DType::f32 && (in.data == nullptr || in.dtype == out.dtype), name, "takes bf16 or fp16, and one of them",
+          sizes);
   require(right.dtype == DType::f32 || right.dtype == out.dtype, name, "adapters are fp32 or of the input's type", sizes);
   require((in.data == nullptr || in.col_stride == 1) && out.col_stride == 1, name, "rows are contiguous", sizes);
   Gemm p{};

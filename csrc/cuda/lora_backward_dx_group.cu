@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kGemmThreads, 2) gemm_sum_kernel(const __grid_
   const SumCopies<TileT, InCopies, WeightCopies> copies(p, row0, column0);
   int steps = 0;
   for (int i = 0; i < p.count; ++i) steps += copies.steps(i);
-  gemm<T, TileT, kWeightRows, true>(p, row0, column0, steps, copies, NoCopies{});
+  gemm<T, TileT, WeightFragments<TileT, kWeightRows>, true>(p, row0, column0, steps, copies, NoCopies{});
 }
 
 struct GemmSumKernel {
