@@ -27,24 +27,6 @@ class Dropout(ctypes.Structure):
     _fields_ = [("seed", ctypes.c_void_p), ("threshold", ctypes.c_uint32), ("keep_scale", ctypes.c_float)]
 
 
-class QuantizedWeight(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "absmax", "nested_absmax", "nested_code", "offset")),
-        ("blocksize", ctypes.c_int64),
-        ("quant_type", ctypes.c_int),
-    ]
-
-
-def quantized(run: Run, qweight: NF4Weight) -> QuantizedWeight:
-    """The weight as the run's device has it, never written to."""
-    tensors = weight_of(qweight)[:5]
-    for t in tensors:
-        if t is not None:
-            run.register(t, readonly=True)
-    addresses = (None if t is None else t.data_ptr() for t in tensors)
-    return QuantizedWeight(*addresses, qweight.blocksize, QUANT_TYPES[qweight.quant_type])
-
-
 class LoraForward(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in "MKNr"),
@@ -70,6 +52,24 @@ class LoraBackwardDx(ctypes.Structure):
         ("gate", ctypes.c_void_p),
         ("gate_row_stride", ctypes.c_int64),
     ]
+
+
+class QuantizedWeight(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "absmax", "nested_absmax", "nested_code", "offset")),
+        ("blocksize", ctypes.c_int64),
+        ("quant_type", ctypes.c_int),
+    ]
+
+
+def quantized(run: Run, qweight: NF4Weight) -> QuantizedWeight:
+    """The weight as the run's device has it, never written to."""
+    tensors = weight_of(qweight)[:5]
+    for t in tensors:
+        if t is not None:
+            run.register(t, readonly=True)
+    addresses = (None if t is None else t.data_ptr() for t in tensors)
+    return QuantizedWeight(*addresses, qweight.blocksize, QUANT_TYPES[qweight.quant_type])
 
 
 def matrix(t: Tensor | None) -> Matrix:

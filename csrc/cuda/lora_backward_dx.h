@@ -2,6 +2,7 @@
 #pragma once
 
 #include "params.h"
+#include "segments.h"
 
 namespace lora_ops {
 
@@ -26,8 +27,14 @@ void launch_lora_backward_dx(const CudaLoraBackwardDx& p, void* stream);
 // N, dy and weight. Weights are all (N, K), or all transposed views.
 void launch_lora_backward_dx_group(const CudaLoraBackwardDx* ops, int count, void* stream);
 
+// With the segments' lora_A. r is dS's columns, at least the largest rank; dS holds the scaling, and of lora_A only the dtype
+// counts.
+void launch_lora_backward_dx_segments(const CudaLoraBackwardDx& p, const Segments& segments, void* stream);
+
 }  // namespace lora_ops
 
 // 0, or 1 with the reason in lora_ops_last_error().
 extern "C" int lora_ops_lora_backward_dx(const lora_ops::CudaLoraBackwardDx* params, void* stream);
 extern "C" int lora_ops_lora_backward_dx_group(const lora_ops::CudaLoraBackwardDx* params, int count, void* stream);
+extern "C" int lora_ops_lora_backward_dx_segments(const lora_ops::CudaLoraBackwardDx* params, const lora_ops::Segments* segments,
+                                                  void* stream);

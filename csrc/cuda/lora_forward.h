@@ -2,6 +2,7 @@
 #pragma once
 
 #include "params.h"
+#include "segments.h"
 
 namespace lora_ops {
 
@@ -28,8 +29,14 @@ void launch_lora_forward(const CudaLoraForward& p, void* stream);
 // which lora_down ran once with the lora_A of all, one below the other.
 void launch_lora_forward_group(const CudaLoraForward* ops, int count, void* stream);
 
+// With the segments' lora_B and scaling, which multiplies p's. r is S's columns, at least the largest rank; of lora_B only the
+// dtype counts.
+void launch_lora_forward_segments(const CudaLoraForward& p, const Segments& segments, void* stream);
+
 }  // namespace lora_ops
 
 // 0, or 1 with the reason in lora_ops_last_error().
 extern "C" int lora_ops_lora_forward(const lora_ops::CudaLoraForward* params, void* stream);
 extern "C" int lora_ops_lora_forward_group(const lora_ops::CudaLoraForward* params, int count, void* stream);
+extern "C" int lora_ops_lora_forward_segments(const lora_ops::CudaLoraForward* params, const lora_ops::Segments* segments,
+                                              void* stream);
