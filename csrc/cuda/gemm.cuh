@@ -270,8 +270,8 @@ __device__ __forceinline__ void add_low_rank(Accumulators<TileT>& acc, const Gem
 }
 
 // `in` and `weight` are copies as above, or anything else whose start(stage) brings its next step's tile into shared memory,
-// by cp.async or by stores, and WeightT is what loads fragments of the weight from there. P is Gemm, or a struct derived from it
-// with an add_low_rank of its own.
+// by cp.async or by stores, and WeightT is what loads fragments of the weight from there. P is Gemm, or a struct derived from
+// it with an add_low_rank of its own.
 template <class T, class TileT, class WeightT, bool kDropout, class P, class InCopies, class WeightCopies>
 __device__ __forceinline__ void gemm(const P& p, int row0, int column0, int steps, InCopies in, WeightCopies weight) {
   const uint32_t shared = shared_address(shared_memory());

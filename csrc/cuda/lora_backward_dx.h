@@ -36,5 +36,5 @@ void launch_lora_backward_dx_segments(const CudaLoraBackwardDx& p, const Segment
 // 0, or 1 with the reason in lora_ops_last_error().
 extern "C" int lora_ops_lora_backward_dx(const lora_ops::CudaLoraBackwardDx* params, void* stream);
 extern "C" int lora_ops_lora_backward_dx_group(const lora_ops::CudaLoraBackwardDx* params, int count, void* stream);
-extern "C" int lora_ops_lora_backward_dx_segments(const lora_ops::CudaLoraBackwardDx* params, const lora_ops::Segments* segments,
-                                                  void* stream);
+extern "C" int lora_ops_lora_backward_dx_segments(const lora_ops::CudaLoraBackwardDx* params,
+                                                  const lora_ops::Segments* segments, void* stream);

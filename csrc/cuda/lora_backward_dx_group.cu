@@ -1,8 +1,8 @@
 // dx = Σ_i dy_i W_i + drop'((dS ∘ gate) A)      for layers i that share x; dS (M, Σ r), A (Σ r, K) are those of all layers
 //
-// gemm.cuh's kernel, whose main loop runs over the depths of all layers, one after the other: a layer's last step is padded with
-// zeros, and copies go on with the next layer's operands without a pause. dx is rounded once, where separate launches and their
-// sum round and move it once per layer.
+// gemm.cuh's kernel, whose main loop runs over the depths of all layers, one after the other: a layer's last step is padded
+// with zeros, and copies go on with the next layer's operands without a pause. dx is rounded once, where separate launches and
+// their sum round and move it once per layer.
 #include "lora_gemm.cuh"
 
 namespace lora_ops {
@@ -79,6 +79,7 @@ struct GemmSumKernel {
 void launch_lora_backward_dx_group(const CudaLoraBackwardDx* ops, int count, void* stream) {
   const char* name = "lora_backward_dx_group";
   require(count >= 1 && count <= kMaxGroup, name, "takes one to four layers", shape("count", count));
+  if (count == 1) return launch_lora_backward_dx(ops[0], stream);
   const DenseGemm first = gemm_of(name, ops[0]);
   GemmSum sum{first.gemm, count, {}};
   bool vector = true;

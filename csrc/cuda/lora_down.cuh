@@ -62,8 +62,8 @@ __device__ __forceinline__ void load_A(SkinnyPair<P>& pair, const Adapter* A, in
 // S's rows row0 ... end - 1, at most a tile of them, with the block's share of K: `tiles` tiles, none of which leaves zeros.
 // lora_A (r, K).
 template <typename T, typename Adapter, int kRanks, bool kVector>
-__device__ __forceinline__ void lora_down_rows(const LoraDownArgs& args, int64_t row0, int64_t end, const void* lora_A, int64_t r,
-                                               int tiles) {
+__device__ __forceinline__ void lora_down_rows(const LoraDownArgs& args, int64_t row0, int64_t end, const void* lora_A,
+                                               int64_t r, int tiles) {
   using P = Parts<T, Adapter>;
   constexpr int kStages = kStagesOf<Stage<T, Adapter, kRanks>>;
   auto* const ring = reinterpret_cast<Stage<T, Adapter, kRanks>*>(shared_memory());

@@ -1,9 +1,9 @@
 // S (M, r) = drop(x) A_iᵀ in the rows of segment i (segments.h), zero in columns beyond its rank
 //
-// lora_down.cuh's block for every tile of a segment's rows, counted from its first row on: x is read once, whatever the segments,
-// and no adapter meets another's rows. Where the tiles of segment i begin in the grid follows from first_row alone, without a
-// sum over the segments before it: at first_row[i] / 64 + i, since from there to the next segment's there are at least as many
-// blocks as it has tiles. The few in excess have nothing to do.
+// lora_down.cuh's block for every tile of a segment's rows, counted from its first row on: x is read once, whatever the
+// segments, and no adapter meets another's rows. Where the tiles of segment i begin in the grid follows from first_row alone,
+// without a sum over the segments before it: at first_row[i] / 64 + i, since from there to the next segment's there are at
+// least as many blocks as it has tiles. The few in excess have nothing to do.
 #include "lora_down.cuh"
 #include "segments.cuh"
 

@@ -24,9 +24,9 @@ struct CudaLoraForward {
 
 void launch_lora_forward(const CudaLoraForward& p, void* stream);
 
-// `count` (1 ... kMaxGroup) layers that share x, in one launch: one M, K, dtype and tile (the first one's), and weights that are
-// all (N, K), or all transposed views. Everything else is each layer's own. S of all may be columns of one matrix, for which
-// lora_down ran once with the lora_A of all, one below the other.
+// `count` (1 ... kMaxGroup) layers that share x, in one launch: one M, K, dtype and tile (the first one's), and weights that
+// are all (N, K), or all transposed views. Everything else is each layer's own. S of all may be columns of one matrix, for
+// which lora_down ran once with the lora_A of all, one below the other.
 void launch_lora_forward_group(const CudaLoraForward* ops, int count, void* stream);
 
 // With the segments' lora_B and scaling, which multiplies p's. r is S's columns, at least the largest rank; of lora_B only the

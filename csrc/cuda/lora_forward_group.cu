@@ -45,6 +45,7 @@ dim3 cut(const char* name, GemmGroup& group, const std::string& shapes) {
 void launch_lora_forward_group(const CudaLoraForward* ops, int count, void* stream) {
   const char* name = "lora_forward_group";
   require(count >= 1 && count <= kMaxGroup, name, "takes one to four layers", shape("count", count));
+  if (count == 1) return launch_lora_forward(ops[0], stream);
   const DenseGemm first = gemm_of(name, ops[0]);
   GemmGroup group{};
   int64_t columns = 0;
@@ -54,8 +55,9 @@ void launch_lora_forward_group(const CudaLoraForward* ops, int count, void* stre
     const Gemm& p = group.layer[i] = op.gemm;
     require(p.in == first.gemm.in && p.in_stride == first.gemm.in_stride && p.M == first.gemm.M && p.depth == first.gemm.depth,
             name, "layers share x", op.shapes);
-    require(!p.accumulate && op.dtype == first.dtype && op.weight_rows == first.weight_rows && p.right_f32 == first.gemm.right_f32,
-            name, "every layer has a weight, all of one layout and all adapters of one dtype", op.shapes);
+    require(
+        !p.accumulate && op.dtype == first.dtype && op.weight_rows == first.weight_rows && p.right_f32 == first.gemm.right_f32,
+        name, "every layer has a weight, all of one layout and all adapters of one dtype", op.shapes);
     columns += p.columns;
     vector = vector && vectors(p);
   }

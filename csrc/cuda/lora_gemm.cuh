@@ -21,8 +21,7 @@ inline DenseGemm gemm_of(const char* name, const CudaLoraForward& p) {
 inline DenseGemm gemm_of(const char* name, const CudaLoraBackwardDx& p) {
   const std::string sizes = shapes("M", p.M, "columns", p.K, "depth", p.N, "r", p.r);
   const float keep_scale = p.dropout.threshold > 0 ? p.dropout.keep_scale : 1.f;
-  const Gemm gemm =
-      describe(name, p.M, p.K, p.N, p.r, p.dy, p.dS, transpose(p.lora_A), keep_scale, {}, p.dropout, p.dx, sizes);
+  const Gemm gemm = describe(name, p.M, p.K, p.N, p.r, p.dy, p.dS, transpose(p.lora_A), keep_scale, {}, p.dropout, p.dx, sizes);
   DenseGemm op{name, sizes, gemm, p.dx.dtype, true, p.tile};
   set_weight(op, transpose(p.weight));
   set_left(op.gemm, p.dS_row_stride, p.gate, p.gate_row_stride);

@@ -36,7 +36,8 @@ using LargeTile = Tile<128, 128, 32, 2, 3>;
 using MediumTile = Tile<64, 64, 64, 2, 3>;
 using SmallTile = Tile<32, 64, 64, 1, 4>;
 
-// out (M, columns) = out_scale ∘ (in (M, depth) weightᵀ + factor · drop'((left ∘ gate) (M, rank) right (columns, rank)ᵀ)) + bias
+// out (M, columns) = out_scale ∘ (in (M, depth) weightᵀ + factor · drop'((left ∘ gate) (M, rank) right (columns, rank)ᵀ)) +
+// bias
 struct Gemm {
   int M, columns, depth, rank;
   int tiles_m, tiles_n;

@@ -15,8 +15,9 @@ struct SegmentAdapter {
 };
 
 struct Segments {
-  int count = 0;                             // 1 or more, at most 2^30
-  const int32_t* first_row = nullptr;        // (count + 1) ascending from 0 to M: segment i is rows first_row[i] ... first_row[i + 1] - 1
+  int count = 0;  // 1 or more, at most 2^30
+  const int32_t* first_row =
+      nullptr;  // (count + 1) ascending from 0 to M: segment i is rows first_row[i] ... first_row[i + 1] - 1
   const SegmentAdapter* adapters = nullptr;  // (count) in the device's memory, all of one dtype
   bool aligned = false;                      // every lora_A begins at a multiple of 16 bytes
 };
