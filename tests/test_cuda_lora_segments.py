@@ -1,4 +1,4 @@
-"""Batches that mix adapters of different ranks on a device, by compare.py's policy: every segment of rows as if it were alone."""
+"""Batches that mix adapters of different ranks, on a device, by compare.py's policy: every segment as if it were alone."""
 
 import ctypes
 from collections.abc import Callable, Sequence
