@@ -55,7 +55,7 @@ _LoraBackwardDown = _struct(
 _LoraBackwardUp = _struct(
     "LoraBackwardUp", M=_size, N=_size, r=_size, dy=_address, dy_row_stride=_size, dy_dtype=_dtype, lora_B=_address,
     S=_address, adapter_dtype=_dtype, scaling=_float, dS=_address, dB=_address, dbias=_address, dbias_dtype=_dtype,
-    workspace=_address, sm_count=_count,
+    workspace=_address, sm_count=_count, S_row_stride=_size, dS_row_stride=_size,
 )  # fmt: skip
 
 
@@ -124,16 +124,23 @@ def lora_backward_up(
     wanted: tuple[str, ...] = ("dS", "dB", "dbias"),
     dbias_dtype: torch.dtype | None = None,
     sm_count: int = 1,
+    dS: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Those of dS (M, r), dB (N, r), dbias (N) that are wanted. An input that they do not need is not passed."""
+    """Those of dS (M, r), dB (N, r), dbias (N) that are wanted. An input that they do not need is not passed.
+
+    S may be columns of a wider matrix; so may dS, where one to write to is given.
+    """
     (M, N), r = dy.shape, lora_B.shape[1]
     dbias_dtype = dbias_dtype or dy.dtype
     shapes = {"dS": ((M, r), F32), "dB": ((N, r), lora_B.dtype), "dbias": ((N,), dbias_dtype)}
     out = {name: torch.empty(shapes[name][0], dtype=shapes[name][1]) for name in wanted}
+    if dS is not None:
+        out["dS"] = dS
     _launch(library, "lora_backward_up", _LoraBackwardUp(
         M, N, r, dy.data_ptr(), dy.stride(0), CODES[dy.dtype], lora_B.data_ptr() if "dS" in wanted else None,
         S.data_ptr() if "dB" in wanted else None, CODES[lora_B.dtype], scaling, _pointer(out.get("dS")),
         _pointer(out.get("dB")), _pointer(out.get("dbias")), CODES[dbias_dtype], None, sm_count,
+        S.stride(0), 0 if dS is None else dS.stride(0),
     ))  # fmt: skip
     return out
 

@@ -68,6 +68,26 @@ def test_alignment_and_strides_change_nothing(device, dtypes):
         assert all(torch.equal(out[name], results[0][name]) for name in out)
 
 
+@pytest.mark.parametrize("sm_count", [1, 100])
+@pytest.mark.parametrize("N", [72, 300])
+def test_S_and_dS_as_columns_of_wider_matrices(device, N, sm_count):
+    """As layers that share x have them: bit for bit, and the other columns are nobody's."""
+    M, r = 70, 6
+    dy, B, S = normal(M, N, dtype=BF16), normal(N, r, dtype=F32), normal(M, r, dtype=F32)
+    for offset in (0, 4, 5):
+        with device.run(arch=80) as run:
+            wide_S, wide_dS = torch.full((M, 16), torch.nan), torch.zeros(M, 16)
+            wide_S[:, offset : offset + r] = S
+            out = lora_backward_up(
+                run.library, dy.clone(), B.clone(), wide_S[:, offset : offset + r], SCALING, sm_count=sm_count,
+                dS=wide_dS[:, offset : offset + r],
+            )  # fmt: skip
+            plain = lora_backward_up(run.library, dy.clone(), B.clone(), S.clone(), SCALING, sm_count=sm_count)
+        assert all(torch.equal(out[name], plain[name]) for name in plain)
+        out["dS"].zero_()
+        assert wide_dS.count_nonzero() == 0
+
+
 @pytest.mark.parametrize("sm_count", [1, 3, 100])
 def test_repeats_bit_for_bit(device, sm_count):
     """However many splits, and in whatever order blocks and warps run."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_ops import quantize_nf4, reference
 from lora_ops.cuda import ops
+from lora_ops.ops import matrix
 from lora_ops.qlora_ops import weight_of
 from lora_ops.quant import layout
 
@@ -171,3 +172,49 @@ def test_what_has_a_kernel():
     for x in (torch.zeros(2, 5), torch.zeros(2, 5, dtype=torch.float64), torch.zeros(0, 5, dtype=BF16)):
         assert not ops.has_kernel(x, weight)
     assert not ops.has_kernel(torch.zeros(2, 5, dtype=BF16), torch.zeros(0, 5))
+
+
+def test_general_forms(package):
+    """Gates and scales of ones, layers in one launch, and segments that all have one adapter change nothing, bit for bit."""
+    case = make_case((70, 128, 72, 8), Dtypes(BF16, BF16), bias=True, dropout_p=0.25)
+    (M, K), N, r = case.x.shape, 72, 8
+    module = extension(package)
+    with package.run() as run:
+        x, weight, A, B, bias, seed = registered(run, case)
+        dy, scaling = run.register(case.dy.clone(), readonly=True), case.scaling
+        mask, no_mask = (seed.data_ptr(), reference.dropout_threshold(0.25), 1 / 0.75), (0, 0, 1.0)
+        S = [torch.empty(M, r) for _ in range(2)]
+        y = [torch.empty(M, N, dtype=BF16) for _ in range(5)]
+        dx = [torch.empty(M, K, dtype=BF16) for _ in range(4)]
+        first_row = torch.tensor([0, 1, 1, 40, M], dtype=torch.int32)
+        adapter = [A.data_ptr(), B.data_ptr(), r | int(torch.ones(()).view(torch.int32)) << 32]
+        adapters = torch.tensor(adapter * 4)
+        segments = (4, first_row.data_ptr(), adapters.data_ptr(), True)
+
+        down = (M, K, r, matrix(x), matrix(A), mask)
+        assert module.lora_down_workspace(*down, S[0].data_ptr(), 1) == 0
+        assert module.lora_down_segments_workspace((*down, S[1].data_ptr(), 1), segments) == 0
+        module.lora_down(*down, S[0].data_ptr(), 1, 0, 0)
+        module.lora_down_segments((*down, S[1].data_ptr(), 1), segments, 0, 0)
+
+        def forward(y, gate=None, m=None):
+            return (M, K, N, r, *map(matrix, (x, weight, B, bias, y, S[0])), scaling, gate, m)
+
+        plain = tuple(map(matrix, (x, weight, B, bias, y[0])))
+        module.lora_forward(M, K, N, r, *plain, S[0].data_ptr(), scaling, 0)
+        ones, m = torch.ones(r), torch.ones(1, N)
+        module.lora_forward_group([forward(y[1], (ones.data_ptr(), 0, 1, 0)), forward(y[2], m=matrix(m))], 0)
+        module.lora_forward_group([forward(y[3])], 0)
+        module.lora_forward_segments(forward(y[4]), segments, 0)
+
+        def backward(dx, dy, weight, mask):
+            return (M, K, N, r, *map(matrix, (dy, weight, A)), dx, matrix(S[0]), mask, None)
+
+        module.lora_backward_dx(M, K, N, r, *map(matrix, (dy, weight, A, dx[0])), S[0].data_ptr(), mask, 0)
+        module.lora_backward_dx_segments(backward(matrix(dx[1]), dy, weight, mask), segments, 0)
+        zeros = torch.zeros_like(dy)
+        module.lora_backward_dx_group([backward(matrix(dx[2]), dy, weight, mask), backward(None, zeros, weight, no_mask)], 0)
+        module.lora_backward_dx_group([backward(matrix(dx[3]), dy, weight, mask)], 0)
+    for results in (S, y, dx):
+        for other in results[1:]:
+            assert torch.equal(results[0], other)

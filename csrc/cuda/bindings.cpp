@@ -1,6 +1,8 @@
 // lora_ops._C_cuda: addresses, sizes and a stream in, nothing of torch. lora_ops/cuda/ops.py has checked the arguments.
 #include <cuda_runtime_api.h>
 
+#include <vector>
+
 #include "../bindings.h"
 #include "dequantize_4bit.h"
 #include "lora_backward_down.h"
@@ -71,6 +73,69 @@ LoraBackwardDown lora_backward_down(int64_t M, int64_t K, int64_t r, uintptr_t d
   return op;
 }
 
+// (M, K, N, r, x, weight, lora_B, bias, y, S, scaling, gate, m): the general form. S is a matrix, and so is a gate, whose row
+// stride may be 0.
+CudaLoraForward lora_forward(const py::tuple& t) {
+  const Matrix S = matrix(t[9]), gate = matrix(t[11]);
+  CudaLoraForward op{
+      t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>(), matrix(t[4]),
+      matrix(t[5]),         matrix(t[6]),         matrix(t[7]),         matrix(t[8]),         static_cast<const float*>(S.data),
+      t[10].cast<float>()};
+  op.S_row_stride = S.row_stride;
+  op.gate = static_cast<const float*>(gate.data);
+  op.gate_row_stride = gate.row_stride;
+  op.m = matrix(t[12]);
+  return op;
+}
+
+// (M, K, N, r, dy, weight, lora_A, dx, dS, mask, gate)
+CudaLoraBackwardDx lora_backward_dx(const py::tuple& t) {
+  const Matrix dS = matrix(t[8]), gate = matrix(t[10]);
+  CudaLoraBackwardDx op{t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
+                        t[3].cast<int64_t>(), matrix(t[4]),         matrix(t[5]),
+                        matrix(t[6]),         matrix(t[7]),         static_cast<const float*>(dS.data),
+                        dropout(t[9])};
+  op.dS_row_stride = dS.row_stride;
+  op.gate = static_cast<const float*>(gate.data);
+  op.gate_row_stride = gate.row_stride;
+  return op;
+}
+
+// (count, address of first_row, address of adapters, aligned)
+Segments segments(const py::tuple& t) {
+  return {t[0].cast<int>(), pointer<const int32_t>(t[1].cast<uintptr_t>()),
+          pointer<const SegmentAdapter>(t[2].cast<uintptr_t>()), t[3].cast<bool>()};
+}
+
+// A launch of several ops, each of them a tuple.
+template <class Op>
+void def_group(py::module_& m, const char* name, Op (*build)(const py::tuple&), void (*launcher)(const Op*, int, void*)) {
+  m.def(name, [=](const py::list& ops, uintptr_t stream) {
+    std::vector<Op> built;
+    for (const py::handle op : ops) built.push_back(build(op.cast<py::tuple>()));
+    py::gil_scoped_release release;
+    launcher(built.data(), static_cast<int>(built.size()), pointer<void>(stream));
+  });
+}
+
+// A launch of one op on segments of its rows.
+template <class Op>
+void def_segments(py::module_& m, const char* name, Op (*build)(const py::tuple&),
+                  void (*launcher)(const Op&, const Segments&, void*)) {
+  m.def(name, [=](const py::tuple& op, const py::tuple& of, uintptr_t stream) {
+    const Op built = build(op);
+    const Segments given = segments(of);
+    py::gil_scoped_release release;
+    launcher(built, given, pointer<void>(stream));
+  });
+}
+
+// lora_down's own arguments as a tuple; the workspace's size is lora_down_segments_workspace's.
+LoraDown lora_down_of(const py::tuple& t) {
+  return lora_down(t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3], t[4], t[5], t[6].cast<uintptr_t>(),
+                   t[7].cast<int>());
+}
+
 // Two functions of an op whose struct `build` makes: how many bytes of workspace it takes, and its launch, which takes the
 // workspace and the stream after the op's own arguments.
 template <class Op, class... Args>
@@ -98,6 +163,21 @@ PYBIND11_MODULE(_C_cuda, m) {
   def_with_workspace(m, "lora_down", lora_down, launch_lora_down);
   def_with_workspace(m, "lora_backward_up", lora_backward_up, launch_lora_backward_up);
   def_with_workspace(m, "lora_backward_down", lora_backward_down, launch_lora_backward_down);
+
+  m.def("lora_down_segments_workspace",
+        [](const py::tuple& op, const py::tuple& of) { return workspace_bytes(lora_down_of(op), segments(of)); });
+  m.def("lora_down_segments", [](const py::tuple& op, const py::tuple& of, uintptr_t workspace, uintptr_t stream) {
+    LoraDown built = lora_down_of(op);
+    built.workspace = pointer<float>(workspace);
+    const Segments given = segments(of);
+    py::gil_scoped_release release;
+    launch_lora_down_segments(built, given, pointer<void>(stream));
+  });
+
+  def_group(m, "lora_forward_group", lora_forward, launch_lora_forward_group);
+  def_group(m, "lora_backward_dx_group", lora_backward_dx, launch_lora_backward_dx_group);
+  def_segments(m, "lora_forward_segments", lora_forward, launch_lora_forward_segments);
+  def_segments(m, "lora_backward_dx_segments", lora_backward_dx, launch_lora_backward_dx_segments);
 
   m.def("quantize_4bit", [](int64_t N, int64_t K, int quant_type, int64_t blocksize, uintptr_t weight, int dtype,
                             uintptr_t codes, uintptr_t absmax, uintptr_t stream) {

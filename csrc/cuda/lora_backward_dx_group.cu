@@ -79,6 +79,7 @@ struct GemmSumKernel {
 void launch_lora_backward_dx_group(const CudaLoraBackwardDx* ops, int count, void* stream) {
   const char* name = "lora_backward_dx_group";
   require(count >= 1 && count <= kMaxGroup, name, "takes one to four layers", shape("count", count));
+  if (count == 1) return launch_lora_backward_dx(ops[0], stream);
   const DenseGemm first = gemm_of(name, ops[0]);
   GemmSum sum{first.gemm, count, {}};
   bool vector = true;

@@ -42,8 +42,8 @@ Split split_of(const LoraBackwardUp& op) {
   return split_reduction(ceil_div(op.M, kTileRows), column_blocks(op) * ceil_div(op.r, kMaxRanks), op.sm_count);
 }
 
-// Where each output's sums go: its partials, in floats within the workspace, or, where one fp32 partial is all, the output
-// itself.
+// Where each output's sums go: its partials, in floats within the workspace, or, where one fp32 partial is all and the output
+// is contiguous, the output itself.
 struct Layout {
   int64_t dS, dB, dbias;  // -1: the output itself
   int64_t size;
@@ -52,12 +52,13 @@ struct Layout {
 Layout layout_of(const LoraBackwardUp& op) {
   const int64_t splits = split_of(op).count, blocks = column_blocks(op);
   Layout layout{-1, -1, -1, 0};
-  const auto place = [&](int64_t& offset, const void* out, int64_t partials, int64_t count, DType dtype) {
-    if (!out || (partials == 1 && dtype == DType::f32)) return;
+  const auto place = [&](int64_t& offset, const void* out, int64_t partials, int64_t count, DType dtype,
+                         bool contiguous = true) {
+    if (!out || (partials == 1 && dtype == DType::f32 && contiguous)) return;
     offset = layout.size;
     layout.size += partials * count;
   };
-  place(layout.dS, op.dS, blocks, op.M * op.r, DType::f32);
+  place(layout.dS, op.dS, blocks, op.M * op.r, DType::f32, op.dS_row_stride == 0);
   place(layout.dB, op.dB, splits, op.N * op.r, op.adapter_dtype);
   place(layout.dbias, op.dbias, splits, op.N, op.dbias_dtype);
   return layout;
@@ -111,8 +112,8 @@ __global__ void __launch_bounds__(kThreads) lora_backward_up_kernel(const Args a
       load_tile<WideTile<T>, kVector>(
           shared.dy[t % kRing], {dy + row * args.dy_row_stride + col, args.dy_row_stride, args.M - row, args.N - col0 - col});
       if (tile == 0 && want_dB) {
-        load_tile<SkinnyTile<kRanks>, kVector>(shared.S[step % 2],
-                                               {args.S + row * args.r + rank0, args.r, args.M - row, args.r - rank0});
+        load_tile<SkinnyTile<kRanks>, kVector>(
+            shared.S[step % 2], {args.S + row * args.S_row_stride + rank0, args.S_row_stride, args.M - row, args.r - rank0});
       }
     }
     cp_async_commit();
@@ -180,8 +181,9 @@ int64_t workspace_bytes(const LoraBackwardUp& op) {
 void launch_lora_backward_up(const LoraBackwardUp& op, void* stream) {
   const Layout layout = layout_of(op);
   const auto sums = [&](int64_t offset, void* out) { return offset < 0 ? static_cast<float*>(out) : op.workspace + offset; };
-  const Args args{op, split_of(op), sums(layout.dS, op.dS), sums(layout.dB, op.dB), sums(layout.dbias, op.dbias)};
-  const bool vector = vectors(op.dy, op.dy_row_stride, op.dy_dtype) && (!op.dB || vectors(op.S, op.r, DType::f32));
+  Args args{op, split_of(op), sums(layout.dS, op.dS), sums(layout.dB, op.dB), sums(layout.dbias, op.dbias)};
+  if (op.S_row_stride == 0) args.S_row_stride = op.r;
+  const bool vector = vectors(op.dy, op.dy_row_stride, op.dy_dtype) && (!op.dB || vectors(op.S, args.S_row_stride, DType::f32));
   dispatch(op.dy_dtype, op.adapter_dtype, op.r, vector, [&](auto t, auto adapter, auto ranks, auto is_vector) {
     using T = typename decltype(t)::type;
     using Adapter = typename decltype(adapter)::type;
@@ -193,10 +195,10 @@ void launch_lora_backward_up(const LoraBackwardUp& op, void* stream) {
 
   Reductions reductions;
   int count = 0;
-  const auto reduce = [&](int64_t offset, int64_t partials, int64_t size, void* out, DType dtype) {
-    if (offset >= 0) reductions.item[count++] = {op.workspace + offset, partials, size, out, dtype};
+  const auto reduce = [&](int64_t offset, int64_t partials, int64_t size, void* out, DType dtype, int64_t row_stride = 0) {
+    if (offset >= 0) reductions.item[count++] = {op.workspace + offset, partials, size, out, dtype, op.r, row_stride};
   };
-  reduce(layout.dS, column_blocks(op), op.M * op.r, op.dS, DType::f32);
+  reduce(layout.dS, column_blocks(op), op.M * op.r, op.dS, DType::f32, op.dS_row_stride);
   reduce(layout.dB, args.split.count, op.N * op.r, op.dB, op.adapter_dtype);
   reduce(layout.dbias, args.split.count, op.N, op.dbias, op.dbias_dtype);
   launch_reduce(reductions, stream);

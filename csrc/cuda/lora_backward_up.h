@@ -12,15 +12,17 @@ struct LoraBackwardUp {
   int64_t dy_row_stride = 0;
   DType dy_dtype = DType::bf16;
   const void* lora_B = nullptr;  // (N, r) contiguous
-  const float* S = nullptr;      // (M, r) contiguous
+  const float* S = nullptr;      // (M, r), rows S_row_stride elements apart
   DType adapter_dtype = DType::bf16;
   float scaling = 1.f;
-  float* dS = nullptr;    // (M, r) contiguous
+  float* dS = nullptr;    // (M, r), rows dS_row_stride elements apart
   void* dB = nullptr;     // (N, r) contiguous
   void* dbias = nullptr;  // (N)
   DType dbias_dtype = DType::bf16;
   float* workspace = nullptr;
-  int sm_count = 0;  // how many SMs the work is spread over: with the shapes, it fixes the order of summation
+  int sm_count = 0;           // how many SMs the work is spread over: with the shapes, it fixes the order of summation
+  int64_t S_row_stride = 0;   // 0: r
+  int64_t dS_row_stride = 0;  // 0: r
 };
 
 int64_t workspace_bytes(const LoraBackwardUp& op);

@@ -45,6 +45,7 @@ dim3 cut(const char* name, GemmGroup& group, const std::string& shapes) {
 void launch_lora_forward_group(const CudaLoraForward* ops, int count, void* stream) {
   const char* name = "lora_forward_group";
   require(count >= 1 && count <= kMaxGroup, name, "takes one to four layers", shape("count", count));
+  if (count == 1) return launch_lora_forward(ops[0], stream);
   const DenseGemm first = gemm_of(name, ops[0]);
   GemmGroup group{};
   int64_t columns = 0;

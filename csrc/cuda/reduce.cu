@@ -20,15 +20,16 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const Reductions
   if (i >= reduction.size) return;
   float sum = 0.f;
   for (int64_t split = 0; split < reduction.splits; ++split) sum += reduction.partials[split * reduction.size + i];
+  const int64_t to = reduction.row_stride == 0 ? i : i / reduction.columns * reduction.row_stride + i % reduction.columns;
   switch (reduction.dtype) {
     case DType::f32:
-      static_cast<float*>(reduction.out)[i] = sum;
+      static_cast<float*>(reduction.out)[to] = sum;
       break;
     case DType::bf16:
-      static_cast<Bf16*>(reduction.out)[i] = from_float<Bf16>(sum);
+      static_cast<Bf16*>(reduction.out)[to] = from_float<Bf16>(sum);
       break;
     case DType::f16:
-      static_cast<Half*>(reduction.out)[i] = from_float<Half>(sum);
+      static_cast<Half*>(reduction.out)[to] = from_float<Half>(sum);
       break;
   }
 }

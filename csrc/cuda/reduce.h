@@ -13,6 +13,8 @@ struct Reduction {
   int64_t size = 0;     // 0: nothing to do
   void* out = nullptr;  // (size)
   DType dtype = DType::f32;
+  int64_t columns = 0;     // of out, where
+  int64_t row_stride = 0;  // its rows are that many elements apart. 0: contiguous
 };
 
 constexpr int kMaxReductions = 3;
