@@ -86,7 +86,9 @@ def on_device(run: Run, adapters: list[Adapter]) -> tuple[Segments, list[Tensor]
     kept = [first_row, listed, *(t for pair in matrices for t in pair)]
     for t in kept:
         run.register(t, readonly=True)
-    return Segments(len(adapters), first_row.data_ptr(), listed.data_ptr(), all(A.data_ptr() % 16 == 0 for A, _ in matrices)), kept
+    return Segments(
+        len(adapters), first_row.data_ptr(), listed.data_ptr(), all(A.data_ptr() % 16 == 0 for A, _ in matrices)
+    ), kept
 
 
 def columns(adapters: list[Adapter]) -> int:
@@ -235,7 +237,11 @@ def poisoned_down(x: Tensor, adapters: list[Adapter]) -> Tensor:
 def test_forward(segmented: Device, dtypes: Dtypes, batch: list[tuple[int, int]]) -> None:
     M, K = sum(rows for rows, _ in batch), 40
     for i, (tile, N) in enumerate([("small", 72), ("medium", 136), ("large", 136)]):
-        adapters, x, weight = make_adapters(batch, K, N, dtypes.adapter), normal(M, K, dtype=dtypes.x), normal(N, K, dtype=dtypes.x)
+        adapters, x, weight = (
+            make_adapters(batch, K, N, dtypes.adapter),
+            normal(M, K, dtype=dtypes.x),
+            normal(N, K, dtype=dtypes.x),
+        )
         weight, bias = weight * K**-0.5, normal(N, dtype=dtypes.x) if i else None
         with segmented.run(arch=(80, 90)[i % 2], reverse=i == 1) as run:
             y = forward(run, x, weight, bias, poisoned_down(x, adapters), adapters, tile=tile, transposed=i == 2)
@@ -276,7 +282,11 @@ def test_forward_reads_the_weight_once(segmented: Device) -> None:
 def test_backward_dx(segmented: Device, dtypes: Dtypes, batch: list[tuple[int, int]]) -> None:
     M, N = sum(rows for rows, _ in batch), 40
     for i, (tile, K) in enumerate([("small", 72), ("medium", 136), ("large", 136)]):
-        adapters, dy, weight = make_adapters(batch, K, N, dtypes.adapter), normal(M, N, dtype=dtypes.x), normal(N, K, dtype=dtypes.x)
+        adapters, dy, weight = (
+            make_adapters(batch, K, N, dtypes.adapter),
+            normal(M, N, dtype=dtypes.x),
+            normal(N, K, dtype=dtypes.x),
+        )
         weight, dropout = weight * N**-0.5, Dropout(0.25) if i % 2 == 0 else None
         dS = torch.full((M, columns(adapters)), torch.nan)
         for a in adapters:

@@ -1,10 +1,13 @@
 """What can be known of the CUDA kernels without a GPU: machine code, traffic by execution, and bounds from data sheets.
 
-    python tools/cuda_report.py            writes docs/cuda_report.md, its two .csv and docs/cuda_bounds.*; minutes on two cores
+    python tools/cuda_report.py            writes docs/cuda_report.md, its two .csv and docs/cuda_bounds.*
     python tools/cuda_report.py --archs 80
 
+It takes 20 minutes on two cores, and keeps what it has compiled in build/cuda_report. The tests of the ops run, too: their
+launches say how much shared memory each kernel is given.
+
 Needs nvcc, and for the main loops cuobjdump and nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm). Nothing here
-is a measurement of speed. A new .cu file is in the tables of machine code by itself; cuda_traffic.py says which ops are run.
+is a measurement of speed.
 """
 
 import argparse
@@ -109,8 +112,8 @@ def main() -> None:
         sys.exit("nvcc was not found")
     if not (tool("cuobjdump") and tool("nvdisasm")):
         print("cuobjdump or nvdisasm was not found: NO MAIN LOOPS in the report", file=sys.stderr)
+    launches = launched()
     device = Kernels()
-    launches = launched(device)
     counted = [
         count(device, shape, adapter, backward, quantized)
         for shape, backward, quantized in CASES
@@ -122,7 +125,7 @@ def main() -> None:
         kernels = sorted((k for some in done for k in some), key=lambda k: k[:3])
     never = sorted({k.name for k in kernels} - set(launches))
     if never:
-        print("NO OP OF cuda_traffic.py LAUNCHED", *never, sep="\n  ", file=sys.stderr)
+        print("NO TEST LAUNCHED", *never, sep="\n  ", file=sys.stderr)
 
     args.out.mkdir(exist_ok=True)
     write_csv(args.out, kernels, launches, counted)
