@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-CACHE = Path(__file__).resolve().parents[1] / "build" / "cuda_report"
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / "build" / "cuda_report"
 ARCHS = (80, 86, 89, 90, 100, 120)
 CLASSES = {
     "HMMA": ("HMMA",),
@@ -172,4 +173,6 @@ def examine(source: Path, arch: int) -> list[Kernel]:
 
 
 def digests(paths: Iterable[str]) -> dict[str, str]:
-    return {p: hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths}
+    """By paths from the repository's root."""
+    files = ((ROOT / p).resolve() for p in paths)
+    return {os.path.relpath(p, ROOT): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
