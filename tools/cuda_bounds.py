@@ -144,7 +144,7 @@ def figure(folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "cuda_bounds"
+    matplotlib.rcParams.update({"svg.hashsalt": "cuda_bounds", "svg.fonttype": "none"})  # the same bytes every time, and few
     import matplotlib.pyplot as plt
     from report import written
 

@@ -5,6 +5,7 @@ once by a launch, which no cache saves: what can be compared with eager PyTorch,
 operands once at least.
 """
 
+import functools
 import importlib.machinery
 import importlib.util
 import re
@@ -68,6 +69,7 @@ class Counted(NamedTuple):
     total: Traffic
 
 
+@functools.cache
 def label(entry: str, backward: bool) -> str:
     """lora_down, or lora_forward Tile<64, 64, 64, 2, 3>: which op runs a GEMM is not in its name."""
     name = demangled([entry])[entry]
