@@ -117,6 +117,7 @@ def test_what_is_read(device: Device) -> None:
 
 @pytest.mark.parametrize(("K", "layout", "message"), [(64, "padded", "K is a multiple of 128"), (128, "odd", "16 bytes")])
 def test_what_is_refused(device: Device, K: int, layout: str, message: str) -> None:
-    case = make_quantised_case((4, K, 8, 2), Dtypes(BF16, F32))
-    with pytest.raises(RuntimeError, match=f"qlora_forward: .*{message}.*K = {K}, N = 8"), device.run() as run:
-        launch(run, case, dense.down(case), layout=layout)
+    for M, name in ((4, "qlora_gemv"), (9, "qlora_forward")):
+        case = make_quantised_case((M, K, 8, 2), Dtypes(BF16, F32))
+        with pytest.raises(RuntimeError, match=f"{name}: .*{message}.*K = {K}, N = 8"), device.run() as run:
+            launch(run, case, dense.down(case), layout=layout)

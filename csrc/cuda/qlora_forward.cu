@@ -1,7 +1,8 @@
 // y = x W0ᵀ + scaling · S Bᵀ + bias      (M, N) = (M, K) (K, N) + (M, r) (r, N), W0 in 4 bits
 //
-// gemm_4bit.cuh's kernel in steps of one chunk. The small tile is for as many rows as wait for the codes rather than for tensor
-// cores: narrow, so that there are blocks enough, and three stages of it fit an SM twice and more.
+// Up to eight rows are qlora_gemv.cu's; more, gemm_4bit.cuh's kernel in steps of one chunk. The small tile is for as many rows
+// as wait for the codes rather than for tensor cores: narrow, so that there are blocks enough, and three stages of it fit an SM
+// twice and more.
 #include "qlora_forward.h"
 
 #include "gemm_4bit_launch.cuh"
@@ -22,6 +23,7 @@ void launch_typed_4bit(const Gemm4Bit& p, GemmTile tile, void* stream, const std
 }  // namespace
 
 void launch_qlora_forward(const CudaQloraForward& p, void* stream) {
+  if (p.tile == GemmTile::automatic && p.M >= 1 && p.M <= kGemvRows) return launch_qlora_gemv(p, stream);
   const char* name = "qlora_forward";
   const std::string sizes = shapes("M", p.M, "K", p.K, "N", p.N, "r", p.r);
   const Gemm gemm = describe(name, p.M, p.N, p.K, p.r, p.x, p.S, p.lora_B, p.scaling, p.bias, {}, p.y, sizes);

@@ -15,10 +15,15 @@ struct CudaQloraForward {
   Matrix y;                    // (M, N) x's dtype
   const float* S;              // (M, r) contiguous
   float scaling;
-  GemmTile tile = GemmTile::automatic;  // small or medium
+  GemmTile tile = GemmTile::automatic;  // small or medium; for up to kGemvRows rows there is qlora_gemv.cu, too
 };
 
+constexpr int kGemvRows = 8;
+
 void launch_qlora_forward(const CudaQloraForward& p, void* stream);
+
+// What launch_qlora_forward does with few rows.
+void launch_qlora_gemv(const CudaQloraForward& p, void* stream);
 
 }  // namespace lora_ops
 

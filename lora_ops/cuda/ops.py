@@ -80,7 +80,8 @@ def dequantize(target: Target, weight: Weight, K: int, dtype: torch.dtype) -> Te
 def _operand(target: Target, weight: Tensor | Weight, rows: Tensor, K: int, split: bool) -> Tensor | Weight:
     """The weight as what multiplies rows takes it: a kernel, or with `split` torch."""
     if isinstance(weight, Weight):
-        decoded_inside = not split and K % CHUNK == 0 and rows.data_ptr() % 16 == 0 and rows.stride(0) % 8 == 0
+        aligned = (rows.data_ptr() | weight.codes.data_ptr()) % 16 == 0 and rows.stride(0) % 8 == 0
+        decoded_inside = not split and K % CHUNK == 0 and aligned
         return weight if decoded_inside else dequantize(target, weight, K, rows.dtype)
     weight = weight.to(rows.dtype)
     return weight if 1 in weight.stride() else weight.contiguous()
