@@ -19,9 +19,12 @@ def the_forced_isa_runs() -> None:
 
 
 @pytest.fixture(autouse=True)
-def global_state() -> Iterator[None]:
-    """Tests begin with the same generator and leave the thread count as it was."""
+def global_state(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests begin with the same generator and leave the thread count as it was. Beside the executor there is nothing but small
+    products, whose threads would only wait for each other."""
     threads = torch.get_num_threads()
+    if request.node.get_closest_marker("cuda"):
+        torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)

@@ -1,4 +1,8 @@
+<<<<<<< HEAD
+"""Batches that mix adapters of different ranks, on a device, by compare.py's policy: a segment of rows as if it were alone."""
+=======
 """Batches that mix adapters of different ranks, on a device, by compare.py's policy: every segment as if it were alone."""
+>>>>>>> cuda-general
 
 import ctypes
 from collections.abc import Callable, Sequence

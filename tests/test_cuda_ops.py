@@ -16,6 +16,7 @@ from lora_ops import quantize_nf4, reference
 from lora_ops.cuda import ops
 from lora_ops.ops import matrix
 from lora_ops.qlora_ops import weight_of
+from lora_ops.quant import layout
 
 pytestmark = pytest.mark.cuda
 
@@ -31,8 +32,8 @@ def package(nvcc: str) -> Device:
     return Device([*sorted(cuda.glob("*.cu")), cuda / "bindings.cpp"])
 
 
-def extension(package: Device):
-    path = str(package.library_path(80))
+def extension(package: Device, arch: int = 80):
+    path = str(package.library_path(arch))
     loader = importlib.machinery.ExtensionFileLoader("_C_cuda", path)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C_cuda", loader, origin=path))
     loader.exec_module(module)
@@ -139,19 +140,21 @@ def test_the_mask_is_the_references(package):
     assert torch.equal(S, 2.0 * reference.dropout_keep(seed, p, M, K)[:, :100])
 
 
-@pytest.mark.parametrize("K", [1, 31, 64, 65, 127, 300, 1100])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-def test_dequantize_is_the_cpus_bit_for_bit(package, dtype, K):
-    """Every kind of row's end, both codes, nested scales and not, blocks within rows and across them."""
+def test_quantize_and_dequantize_are_the_cpus_bit_for_bit(package, dtype):
     module = extension(package)
-    for i, (blocksize, double_quant, quant_type) in enumerate(SETTINGS):
-        qweight = quantize_nf4(torch.randn(7 + i, K), blocksize, double_quant, quant_type)
+    for K, (blocksize, double_quant, quant_type) in zip((1, 65, 128, 300, 384, 31), SETTINGS, strict=True):
+        weight = torch.randn(7, K).to(dtype)
+        qweight = quantize_nf4(weight, blocksize, double_quant, quant_type)
         with package.run() as run:
-            for t in vars(qweight).values():
-                if isinstance(t, Tensor):
+            target = ops.Target(module, SM_COUNT, 0)
+            for t in (weight, *weight_of(qweight)[:5]):
+                if t is not None:
                     run.register(t, readonly=True)
-            actual = ops.dequantize(ops.Target(module, SM_COUNT, 0), weight_of(qweight), K, dtype)
-        assert torch.equal(actual, qweight.dequantize(dtype)), (blocksize, double_quant, quant_type)
+            codes, absmax = ops.quantize(target, weight, blocksize, quant_type)
+            actual = ops.dequantize(target, weight_of(qweight), K, dtype)
+        assert torch.equal(actual, qweight.dequantize(dtype))
+        assert torch.equal(codes, qweight.codes) and torch.equal(absmax, layout.quantize(weight, blocksize, quant_type)[1])
 
 
 def test_what_a_launcher_refuses_is_an_error(package):

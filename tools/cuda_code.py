@@ -1,5 +1,8 @@
 """Machine code of the CUDA kernels: registers, spills, main loops, and how many of their blocks an SM holds."""
 
+import contextlib
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -11,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / "build" / "cuda_report"
 ARCHS = (80, 86, 89, 90, 100, 120)
 CLASSES = {
     "HMMA": ("HMMA",),
@@ -144,14 +149,30 @@ def disassembly(cubin: Path) -> dict[str, list[tuple[int, str]]]:
 
 
 def examine(source: Path, arch: int) -> list[Kernel]:
-    """The kernels of a .cu file, compiled as setup.py does."""
+    """The kernels of a .cu file, compiled as setup.py does; again only where it, or what it includes, has changed."""
+    kept = CACHE / f"{source.stem}-{arch}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(kept.read_text())
+        if known["main_loops"] == bool(tool("cuobjdump")) and known["inputs"] == digests(known["inputs"]):
+            return [Kernel(s, n, a, Usage(*usage), Counter(loop)) for s, n, a, usage, loop in known["kernels"]]
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
+        cubin, makefile = Path(folder) / "kernels.cubin", Path(folder) / "kernels.d"
         flags = ["-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v", "-cubin"]
-        done = subprocess.run(["nvcc", *flags, str(source), "-o", str(cubin)], capture_output=True, text=True)
+        command = ["nvcc", *flags, str(source), "-o", str(cubin), "-MD", "-MF", str(makefile)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr)
         usage = resource_usage(done.stdout + done.stderr)
         code = disassembly(cubin)
+        inputs = makefile.read_text().split(":", 1)[1].replace("\\\n", " ").split()
     names = demangled(usage)
-    return [Kernel(source.name, names[n], arch, u, main_loop(code.get(n, []))) for n, u in usage.items()]
+    kernels = [Kernel(source.name, names[n], arch, u, main_loop(code.get(n, []))) for n, u in usage.items()]
+    CACHE.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps({"inputs": digests(inputs), "main_loops": bool(tool("cuobjdump")), "kernels": kernels}))
+    return kernels
+
+
+def digests(paths: Iterable[str]) -> dict[str, str]:
+    """By paths from the repository's root."""
+    files = ((ROOT / p).resolve() for p in paths)
+    return {os.path.relpath(p, ROOT): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

@@ -1,10 +1,13 @@
 """What can be known of the CUDA kernels without a GPU: machine code, traffic by execution, and bounds from data sheets.
 
-    python tools/cuda_report.py            writes docs/cuda_report.md, its two .csv and docs/cuda_bounds.*; minutes on two cores
+    python tools/cuda_report.py            writes docs/cuda_report.md, its two .csv and docs/cuda_bounds.*
     python tools/cuda_report.py --archs 80
 
+It takes 20 minutes on two cores, and keeps what it has compiled in build/cuda_report. The tests of the ops run, too: their
+launches say how much shared memory each kernel is given.
+
 Needs nvcc, and for the main loops cuobjdump and nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm). Nothing here
-is a measurement of speed. A new .cu file is in the tables of machine code by itself; cuda_traffic.py says which ops are run.
+is a measurement of speed.
 """
 
 import argparse
@@ -14,13 +17,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from cuda_bounds import ROOT, bounds, figure
 from cuda_code import ARCHS, CLASSES, MULTIPROCESSORS, Kernel, Usage, blocks_per_multiprocessor, examine, tool
-from cuda_traffic import CASES, Counted, Kernels, count, fusion, launched, per_tensor, wavefronts
+from cuda_traffic import CASES, Counted, Kernels, count, fusion, label, launched, per_tensor, wavefronts
 from ptx.device import Counter, Launch
 from tqdm import tqdm
 
@@ -92,12 +96,18 @@ def write_csv(folder: Path, kernels: list[Kernel], launches: Launches, counted: 
             table.writerow([k.source, k.name, k.arch, *k.usage, *of_launch, *loop])
     with open(folder / "cuda_report_counters.csv", "w", newline="") as f:
         table = csv.writer(f, lineterminator="\n")
-        table.writerow(["pass", "M", "K", "N", "r", "weight", "adapters", *Counter._fields])
+        numbers = Counter._fields[4:]
+        table.writerow(["pass", "M", "K", "N", "r", "weight", "adapters", "kernel", "source", "opcode", *numbers])
         for c in counted:
-            for counter in c.counters:
-                if counter.wavefronts or counter.sectors or counter.opcode.startswith("mma."):
-                    which = ["backward" if c.backward else "forward", *c.shape, "nf4" if c.quantized else "bfloat16"]
-                    table.writerow([*which, str(c.adapter).removeprefix("torch."), *counter])
+            which = ["backward" if c.backward else "forward", *c.shape, "nf4" if c.quantized else "bfloat16"]
+            which.append(str(c.adapter).removeprefix("torch."))
+            sums: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0] * len(numbers))
+            for i in c.counters:
+                if i.wavefronts or i.sectors or i.opcode.startswith("mma."):
+                    key = label(i.entry, c.backward), i.source, i.opcode
+                    sums[key] = [a + b for a, b in zip(sums[key], i[4:], strict=True)]
+            for key, values in sums.items():
+                table.writerow([*which, *key, *values])
 
 
 def main() -> None:
@@ -109,8 +119,8 @@ def main() -> None:
         sys.exit("nvcc was not found")
     if not (tool("cuobjdump") and tool("nvdisasm")):
         print("cuobjdump or nvdisasm was not found: NO MAIN LOOPS in the report", file=sys.stderr)
+    launches = launched()
     device = Kernels()
-    launches = launched(device)
     counted = [
         count(device, shape, adapter, backward, quantized)
         for shape, backward, quantized in CASES
@@ -122,7 +132,7 @@ def main() -> None:
         kernels = sorted((k for some in done for k in some), key=lambda k: k[:3])
     never = sorted({k.name for k in kernels} - set(launches))
     if never:
-        print("NO OP OF cuda_traffic.py LAUNCHED", *never, sep="\n  ", file=sys.stderr)
+        print("NO TEST LAUNCHED", *never, sep="\n  ", file=sys.stderr)
 
     args.out.mkdir(exist_ok=True)
     write_csv(args.out, kernels, launches, counted)
@@ -132,7 +142,7 @@ def main() -> None:
     text = f"""# CUDA kernels: machine code, traffic and bounds
 
 Written by `tools/cuda_report.py`, nvcc {version[0] if version else ""}. **No GPU was involved, and nothing here is a
-measurement of time.** Every kernel on every architecture: [cuda_report.csv](cuda_report.csv); counters of each instruction:
+measurement of time.** Every kernel on every architecture: [cuda_report.csv](cuda_report.csv); counters by line of source:
 [cuda_report_counters.csv](cuda_report_counters.csv).
 
 ## Bounds
@@ -163,10 +173,10 @@ column of tiles and W0 once per row of tiles; the low-rank factors once per row 
 
 ## Wavefronts and sectors
 
-Executed / the fewest possible: wavefronts of shared memory, more of which would be bank conflicts, and 32-byte sectors of
-global memory.
+Executed / the fewest possible, with fp32 adapters: wavefronts of shared memory, more of which would be bank conflicts, and
+32-byte sectors of global memory.
 
-{chr(10).join(wavefronts(counted))}
+{chr(10).join(wavefronts([c for c in counted if c.adapter == torch.float32]))}
 
 ## Registers, shared memory, occupancy
 

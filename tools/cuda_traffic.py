@@ -5,6 +5,7 @@ once by a launch, which no cache saves: what can be compared with eager PyTorch,
 operands once at least.
 """
 
+import functools
 import importlib.machinery
 import importlib.util
 import re
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import pytest
 import torch
 from cuda_bounds import ROOT, Shape, base_bytes, eager
 from cuda_code import demangled
@@ -25,7 +27,7 @@ from lora_ops import quantize_nf4
 from lora_ops.cuda import ops
 from lora_ops.qlora_ops import Weight, weight_of
 
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+BF16, F32 = torch.bfloat16, torch.float32
 SM_COUNT = 108  # an A100's; it fixes how sums are split
 SMALL, MEDIUM, LARGE = Shape(32, 512, 384, 16), Shape(256, 512, 384, 16), Shape(1280, 1280, 1280, 16)
 # (shape, backward, quantized): each tile that the launch code picks, and whole tiles all of them.
@@ -67,6 +69,7 @@ class Counted(NamedTuple):
     total: Traffic
 
 
+@functools.cache
 def label(entry: str, backward: bool) -> str:
     """lora_down, or lora_forward Tile<64, 64, 64, 2, 3>: which op runs a GEMM is not in its name."""
     name = demangled([entry])[entry]
@@ -100,8 +103,8 @@ def count(kernels: Kernels, shape: Shape, adapter: torch.dtype, backward: bool, 
     return Counted(shape, adapter, backward, quantized, run.counters, run.launches, moved, run.traffic())
 
 
-def registered_4bit(run: Run, N: int, K: int, quant_type: str = "nf4") -> Weight:
-    qweight = quantize_nf4(torch.ones(N, K), quant_type=quant_type)
+def registered_4bit(run: Run, N: int, K: int) -> Weight:
+    qweight = quantize_nf4(torch.ones(N, K))
     for t in vars(qweight).values():
         if isinstance(t, Tensor):
             run.register(t, readonly=True)
@@ -135,30 +138,14 @@ def implied(kernel: str, shape: Shape, launches: list[Launch]) -> dict[str, int]
     }.get(kernel, {})
 
 
-def launched(kernels: Kernels) -> dict[str, Launch]:
-    """A launch of every kernel that an op picks, by its name: every dtype, rank, tile, layout and alignment."""
-    small = [(1, 8, 8), (40, 8, 8), (40, 9, 9)]
-    shapes = [Shape(*size, r) for size in small for r in (8, 24, 40)] + [Shape(1280, 8, 1280, 8), Shape(1280, 1280, 8, 8)]
-    with kernels.device.run() as run:
-        for dtype, adapter in ((BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)):
-            for M, K, N, r in shapes:
-                x, dy, S = torch.zeros(M, K, dtype=dtype), torch.zeros(M, N, dtype=dtype), torch.zeros(M, r)
-                A, B = torch.zeros(r, K, dtype=adapter), torch.zeros(N, r, dtype=adapter)
-                for W in (torch.zeros(N, K, dtype=dtype), torch.zeros(K, N, dtype=dtype).T):
-                    ops.forward(kernels.target, x, W, A, B, None, None, 1.0, 0.0, False)
-                    ops.backward(kernels.target, dy, x, W, A, B, S, None, 1.0, 0.0, *[True] * 4, False)
-        for quant_type in ("nf4", "fp4"):
-            W = registered_4bit(run, 8, 128, quant_type)
-            for dtype in (BF16, F16, F32):
-                ops.dequantize(kernels.target, W, 128, dtype)
-            for dtype in (BF16, F16):
-                A, B = torch.zeros(4, 128, dtype=dtype), torch.zeros(8, 4, dtype=dtype)
-                for M in (1, 33, 65, 129):
-                    x, dy, S = torch.zeros(M, 128, dtype=dtype), torch.zeros(M, 8, dtype=dtype), torch.zeros(M, 4)
-                    ops.forward(kernels.target, x, W, A, B, None, None, 1.0, 0.0, False)
-                    ops.backward(kernels.target, dy, x, W, A, B, S, None, 1.0, 0.0, *[True] * 4, False)
-        names = demangled({launch.entry for launch in run.launches})
-        return {names[launch.entry]: launch for launch in run.launches}
+def launched() -> dict[str, Launch]:
+    """A launch of every kernel, by its name: those that the tests of the ops make."""
+    others = ("build", "path", "report")
+    files = [p for p in (ROOT / "tests").glob("test_cuda_*.py") if p.stem.removeprefix("test_cuda_") not in others]
+    if pytest.main(["-q", "-p", "no:cacheprovider", *map(str, sorted(files))]):
+        raise RuntimeError("tests of the CUDA ops fail")
+    names = demangled(Device.launched)
+    return {names[entry]: launch for entry, launch in Device.launched.items()}
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

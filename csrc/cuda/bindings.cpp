@@ -12,6 +12,7 @@
 #include "lora_forward.h"
 #include "qlora_backward_dx.h"
 #include "qlora_forward.h"
+#include "quantize_4bit.h"
 
 namespace py = pybind11;
 using namespace lora_ops;
@@ -178,23 +179,24 @@ PYBIND11_MODULE(_C_cuda, m) {
   def_segments(m, "lora_forward_segments", lora_forward, launch_lora_forward_segments);
   def_segments(m, "lora_backward_dx_segments", lora_backward_dx, launch_lora_backward_dx_segments);
 
-  m.def("dequantize_4bit",
-        [](int64_t N, int64_t K, int quant_type, int64_t blocksize, uintptr_t codes, uintptr_t absmax, uintptr_t nested_absmax,
-           uintptr_t nested_code, uintptr_t offset, uintptr_t weight, int dtype, uintptr_t stream) {
-          const CudaDequantize4Bit op{N,
-                                      K,
-                                      static_cast<QuantType>(quant_type),
-                                      blocksize,
-                                      pointer<const uint8_t>(codes),
-                                      pointer<const void>(absmax),
-                                      pointer<const float>(nested_absmax),
-                                      pointer<const float>(nested_code),
-                                      pointer<const float>(offset),
-                                      pointer<void>(weight),
-                                      static_cast<DType>(dtype)};
-          py::gil_scoped_release release;
-          launch_dequantize_4bit(op, pointer<void>(stream));
-        });
+  m.def("quantize_4bit", [](int64_t N, int64_t K, int quant_type, int64_t blocksize, uintptr_t weight, int dtype,
+                            uintptr_t codes, uintptr_t absmax, uintptr_t stream) {
+    const CudaQuantize4Bit op{N,
+                              K,
+                              static_cast<QuantType>(quant_type),
+                              blocksize,
+                              pointer<const void>(weight),
+                              static_cast<DType>(dtype),
+                              pointer<uint8_t>(codes),
+                              pointer<float>(absmax)};
+    py::gil_scoped_release release;
+    launch_quantize_4bit(op, pointer<void>(stream));
+  });
+  m.def("dequantize_4bit", [](int64_t N, int64_t K, py::tuple weight, uintptr_t out, int dtype, uintptr_t stream) {
+    const CudaDequantize4Bit op{N, K, quantized(weight), pointer<void>(out), static_cast<DType>(dtype)};
+    py::gil_scoped_release release;
+    launch_dequantize_4bit(op, pointer<void>(stream));
+  });
   m.def("lora_forward", [](int64_t M, int64_t K, int64_t N, int64_t r, py::object x, py::object weight, py::object lora_B,
                            py::object bias, py::object y, uintptr_t S, float scaling, uintptr_t stream) {
     CudaLoraForward op{M,      K, N, r, matrix(x), matrix(weight), matrix(lora_B), matrix(bias), matrix(y), pointer<float>(S),

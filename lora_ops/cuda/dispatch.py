@@ -14,6 +14,7 @@ from .. import qlora_ops
 from ..autograd import library
 from ..ops import backward_reference, check, forward_reference
 from ..qlora_ops import Weight
+from ..quant.layout import DTYPES
 from . import ops
 from .path import Choices, choices, choose
 
@@ -98,6 +99,23 @@ def qlora_backward(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-unty
     if not has_kernel(dy, weight.codes):
         return qlora_ops.backward_reference(dy, x, *args)
     return _backward("qlora_backward", dy, x, weight, *beside)
+
+
+def has_4bit_kernel(t: Tensor, dtype: torch.dtype) -> bool:
+    """Whether t's device quantises from, and dequantises to, dtype."""
+    return dtype in DTYPES and t.numel() > 0 and extension() is not None and _properties(t.device).major >= 8
+
+
+def quantize(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
+    with torch.cuda.device(weight.device):
+        return ops.quantize(target(weight.device), weight, blocksize, quant_type)
+
+
+def dequantize(codes: Tensor, absmax: Tensor, K: int, blocksize: int, quant_type: str, dtype: torch.dtype) -> Tensor:
+    """From absmax in fp32."""
+    weight = Weight(codes, absmax, None, None, None, blocksize, quant_type)
+    with torch.cuda.device(codes.device):
+        return ops.dequantize(target(codes.device), weight, K, dtype)
 
 
 library.impl("lora_forward", lora_forward, "CUDA")

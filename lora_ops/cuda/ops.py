@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import reference
 from ..ops import matrix, rows_of
 from ..qlora_ops import Weight
-from ..quant.layout import CHUNK, DTYPES, QUANT_TYPES
+from ..quant.layout import CHUNK, DTYPES, QUANT_TYPES, row_bytes
 
 HALF = (torch.bfloat16, torch.float16)
 _LARGEST = 1 << 30  # of a dimension: kernels count in 32 bits
@@ -57,13 +57,23 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def quantize(target: Target, weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
+    """codes and absmax of a weight (N, K). absmax is not finite where an element of its block is not."""
+    N, K = weight.shape
+    weight = weight.contiguous()
+    codes = weight.new_empty((N, row_bytes(K)), dtype=torch.uint8)
+    absmax = weight.new_empty(-(-N * K // blocksize), dtype=torch.float32)
+    target.extension.quantize_4bit(
+        N, K, QUANT_TYPES[quant_type], blocksize, weight.data_ptr(), DTYPES[weight.dtype], codes.data_ptr(),
+        absmax.data_ptr(), target.stream,
+    )  # fmt: skip
+    return codes, absmax
+
+
 def dequantize(target: Target, weight: Weight, K: int, dtype: torch.dtype) -> Tensor:
     """A 4-bit weight (N, K) in dtype, both levels of its scales undone in one pass."""
     out = weight.codes.new_empty((weight.codes.shape[0], K), dtype=dtype)
-    target.extension.dequantize_4bit(
-        *out.shape, QUANT_TYPES[weight.quant_type], weight.blocksize, weight.codes.data_ptr(), weight.absmax.data_ptr(),
-        *map(_address, (weight.nested_absmax, weight.nested_code, weight.offset)), out.data_ptr(), DTYPES[dtype], target.stream,
-    )  # fmt: skip
+    target.extension.dequantize_4bit(*out.shape, weight.for_kernel(), out.data_ptr(), DTYPES[dtype], target.stream)
     return out
 
 

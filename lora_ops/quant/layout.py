@@ -109,6 +109,15 @@ def has_kernel(t: Tensor) -> bool:
     return t.device.type == "cpu"
 
 
+def _cuda(t: Tensor, dtype: torch.dtype) -> Any:
+    """lora_ops.cuda.dispatch, where it has kernels for t's device and dtype. Imported late: it is built on this package."""
+    if t.device.type != "cuda":
+        return None
+    from ..cuda import dispatch
+
+    return dispatch if dispatch.has_4bit_kernel(t, dtype) else None
+
+
 def quantize(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
     """codes (N, row_bytes(K)) and absmax of a weight (N, K).
 
@@ -117,11 +126,15 @@ def quantize(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, T
     """
     N, K = weight.shape
     if not has_kernel(weight):
-        finite = torch.isfinite(weight).reshape(-1)
-        if not finite.all():
-            raise _not_finite(weight, int((~finite).nonzero()[0]))
-        flat, absmax = reference.quantize_4bit(weight, blocksize, quant_type)
-        return pack_codes(flat.view(N, K), quant_type), absmax
+        cuda = _cuda(weight, weight.dtype)
+        if cuda is not None:
+            codes, absmax = cuda.quantize(weight, blocksize, quant_type)
+        else:
+            flat, absmax = reference.quantize_4bit(weight, blocksize, quant_type)
+            codes = pack_codes(flat.view(N, K), quant_type)
+        if not absmax.isfinite().all():
+            raise _not_finite(weight, int((~weight.isfinite()).reshape(-1).nonzero()[0]))
+        return codes, absmax
     weight = weight.contiguous()
     codes = weight.new_empty((N, row_bytes(K)), dtype=torch.uint8)
     absmax = weight.new_empty(-(-N * K // blocksize), dtype=torch.float32)
@@ -144,6 +157,9 @@ def dequantize(
 ) -> Tensor:
     """weight (N, K) in dtype, from absmax in fp32. float64 is exact, and torch's everywhere."""
     N, K = shape
+    cuda = _cuda(codes, dtype)
+    if cuda is not None:
+        return cuda.dequantize(codes.contiguous(), absmax.contiguous(), K, blocksize, quant_type, dtype)
     if not has_kernel(codes) or dtype not in DTYPES:
         return reference.dequantize_4bit(unpack_codes(codes, K), absmax, blocksize, quant_type, dtype)
     codes, absmax = codes.contiguous(), absmax.contiguous()

@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -169,6 +169,8 @@ class Device:
     A .cpp among the sources is host code of the same library: with the bindings, the library is an extension module too.
     """
 
+    launched: ClassVar[dict[str, Launch]] = {}  # by all devices of the process, one for each entry
+
     def __init__(self, sources: Sequence[Path] | None = None, flags: Sequence[str] = ()):
         self.sources = sorted((REPOSITORY / "csrc/cuda").glob("*.cu")) if sources is None else [Path(s) for s in sources]
         self.flags = list(flags)
@@ -222,6 +224,7 @@ class Device:
                 yield run
         except Exception as e:
             failure = e
+        self.launched.update({launch.entry: launch for launch in run.launches})
         if check and run.reports:
             raise AssertionError("\n".join(["the device reports:", *run.reports])) from failure
         if failure is not None:

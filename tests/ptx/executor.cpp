@@ -57,8 +57,8 @@ struct Device {
     for (const auto& [address, buffer] : memory.buffers()) {
       if (buffer.launch != launches) continue;
       traffic_text += entry;
-      for (const uint64_t n : {address, buffer.read, buffer.written, buffer.distinct(buffer.readers),
-                               buffer.distinct(buffer.writers)}) {
+      for (const uint64_t n :
+           {address, buffer.read, buffer.written, buffer.distinct(buffer.readers), buffer.distinct(buffer.writers)}) {
         traffic_text += "\t" + std::to_string(n);
       }
       traffic_text += "\n";
