@@ -1,7 +1,6 @@
 // gemm.cuh's kernel with a low-rank product of its own for every segment of rows (segments.h).
 //
-//     out (M, columns) = in (M, depth) · weightᵀ + factor · drop'(scaling_i · left rightᵀ_i) + bias      in the rows of segment
-//     i
+//     in the rows of segment i, out = in · weightᵀ + factor · drop'(scaling_i · left rightᵀ_i) + bias
 //
 // A tile is as in gemm.cuh, whatever segments its rows are in, so the weight is read as often as without adapters. Only the
 // low-rank product is repeated, for every segment that a warp's rows meet, with rows of left outside of it as zero. So infinite
