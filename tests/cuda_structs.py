@@ -3,7 +3,12 @@
 import ctypes
 
 import torch
+from ptx.device import Run
 from torch import Tensor
+
+from lora_ops import NF4Weight
+from lora_ops.qlora_ops import weight_of
+from lora_ops.quant.layout import QUANT_TYPES
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TILES = {"automatic": 0, "small": 1, "medium": 2, "large": 3}
@@ -20,6 +25,24 @@ class Matrix(ctypes.Structure):
 
 class Dropout(ctypes.Structure):
     _fields_ = [("seed", ctypes.c_void_p), ("threshold", ctypes.c_uint32), ("keep_scale", ctypes.c_float)]
+
+
+class QuantizedWeight(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "absmax", "nested_absmax", "nested_code", "offset")),
+        ("blocksize", ctypes.c_int64),
+        ("quant_type", ctypes.c_int),
+    ]
+
+
+def quantized(run: Run, qweight: NF4Weight) -> QuantizedWeight:
+    """The weight as the run's device has it, never written to."""
+    tensors = weight_of(qweight)[:5]
+    for t in tensors:
+        if t is not None:
+            run.register(t, readonly=True)
+    addresses = (None if t is None else t.data_ptr() for t in tensors)
+    return QuantizedWeight(*addresses, qweight.blocksize, QUANT_TYPES[qweight.quant_type])
 
 
 def matrix(t: Tensor | None) -> Matrix:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from compare import BF16, F16, F32, Case, Dtypes, assert_within_bound, eager_lora, error, make_case, oracle
 from compare import run as run_case
-from four_bit import SETTINGS
+from four_bit import SETTINGS, exact_results, make_quantised_case
 from ptx.build import REPOSITORY
 from ptx.device import Device, Run
 from torch import Tensor
@@ -60,6 +60,32 @@ def test_forward_and_backward(package, dtypes, shape, dropout_p, split):
     actual = {"y": y, **dict(zip(("dx", "dA", "dB", "dbias"), gradients, strict=True))}
     for backward in (False, True):
         eager, exact = run_case(eager_lora, case, backward=backward), oracle(case, backward=backward)
+        assert_within_bound({name: error(actual[name], eager[name], exact[name]) for name in eager})
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
+@pytest.mark.parametrize("shape", [(1, 128, 40, 3), (70, 256, 72, 16), (33, 192, 48, 20), (9, 65, 40, 4)], ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_4bit_forward_and_backward(package, dtypes, shape, split):
+    """Shapes that are decoded inside the product, and shapes that are decoded as a whole."""
+    case = make_quantised_case(shape, dtypes, bias=True, dropout_p=0.3)
+    module = extension(package)
+    with package.run() as run:
+        target = ops.Target(module, SM_COUNT, 0)
+        x, _, A, B, bias, seed = registered(run, case)
+        weight = weight_of(case.qweight)
+        for t in weight[:5]:
+            if t is not None:
+                run.register(t, readonly=True)
+        y, S = ops.forward(target, x, weight, A, B, bias, seed, case.scaling, case.dropout_p, split)
+        dy = run.register(case.dy.clone(), readonly=True)
+        settings = (case.scaling, case.dropout_p, True, True, True, True, split)
+        gradients = ops.backward(target, dy, x, weight, A, B, S, seed, *settings)
+    kernels = {name for c in run.counters for name in ("gemm_4bit", "dequantize") if name in c.entry}
+    assert kernels == ({"dequantize"} if split or shape[1] % 128 else {"gemm_4bit"})
+    actual = {"y": y, **dict(zip(("dx", "dA", "dB", "dbias"), gradients, strict=True))}
+    for backward in (False, True):
+        eager, exact = run_case(eager_lora, case, backward=backward), exact_results(case, backward=backward)
         assert_within_bound({name: error(actual[name], eager[name], exact[name]) for name in eager})
 
 

@@ -8,6 +8,8 @@
 #include "lora_backward_up.h"
 #include "lora_down.h"
 #include "lora_forward.h"
+#include "qlora_backward_dx.h"
+#include "qlora_forward.h"
 
 namespace py = pybind11;
 using namespace lora_ops;
@@ -17,6 +19,14 @@ namespace {
 // (address of the seed, threshold, 1 / (1 - p))
 DeviceDropout dropout(const py::tuple& t) {
   return {reinterpret_cast<const uint64_t*>(t[0].cast<uintptr_t>()), t[1].cast<uint32_t>(), t[2].cast<float>()};
+}
+
+// What lora_ops/qlora_ops.py's Weight.for_kernel() gives.
+CudaQuantizedWeight quantized(const py::tuple& t) {
+  const auto address = [&](int i) { return t[i].cast<uintptr_t>(); };
+  return {pointer<const uint8_t>(address(0)),      pointer<const void>(address(3)),  pointer<const float>(address(4)),
+          pointer<const float>(address(5)),        pointer<const float>(address(6)), t[2].cast<int64_t>(),
+          static_cast<QuantType>(t[1].cast<int>())};
 }
 
 LoraDown lora_down(int64_t M, int64_t K, int64_t r, const py::object& x, const py::object& lora_A, const py::tuple& mask,
@@ -112,11 +122,25 @@ PYBIND11_MODULE(_C_cuda, m) {
     py::gil_scoped_release release;
     launch_lora_forward(op, pointer<void>(stream));
   });
+  m.def("qlora_forward", [](int64_t M, int64_t K, int64_t N, int64_t r, py::object x, py::tuple weight, py::object lora_B,
+                            py::object bias, py::object y, uintptr_t S, float scaling, uintptr_t stream) {
+    CudaQloraForward op{
+        M, K, N, r, matrix(x), quantized(weight), matrix(lora_B), matrix(bias), matrix(y), pointer<float>(S), scaling};
+    py::gil_scoped_release release;
+    launch_qlora_forward(op, pointer<void>(stream));
+  });
   m.def("lora_backward_dx", [](int64_t M, int64_t K, int64_t N, int64_t r, py::object dy, py::object weight, py::object lora_A,
                                py::object dx, uintptr_t dS, py::tuple mask, uintptr_t stream) {
     CudaLoraBackwardDx op{
         M, K, N, r, matrix(dy), matrix(weight), matrix(lora_A), matrix(dx), pointer<float>(dS), dropout(mask)};
     py::gil_scoped_release release;
     launch_lora_backward_dx(op, pointer<void>(stream));
+  });
+  m.def("qlora_backward_dx", [](int64_t M, int64_t K, int64_t N, int64_t r, py::object dy, py::tuple weight, py::object lora_A,
+                                py::object dx, uintptr_t dS, py::tuple mask, uintptr_t stream) {
+    CudaQloraBackwardDx op{
+        M, K, N, r, matrix(dy), quantized(weight), matrix(lora_A), matrix(dx), pointer<float>(dS), dropout(mask)};
+    py::gil_scoped_release release;
+    launch_qlora_backward_dx(op, pointer<void>(stream));
   });
 }

@@ -110,41 +110,53 @@ struct ColumnCopies {
   }
 };
 
-// Loads the fragments of one mma's depth, `k` of kMmasK, from a stage.
-template <class TileT, bool kWeightRows>
-struct FragmentLoads {
-  static constexpr int kInRowBytes = TileT::kDepth * 2;
-  static constexpr int kWeightRowBytes = 2 * (kWeightRows ? TileT::kDepth : TileT::kColumns);
-  static constexpr int kPairs = TileT::kMmasN / 2;
-  static constexpr int kWeightOffsets = kWeightRows ? TileT::kMmasK : kPairs;
-  uint32_t in_offset[TileT::kMmasK], weight_offset[kWeightOffsets];
+// Loads the fragments of `in` of one mma's depth, `k` of kMmasK, from a stage.
+template <class TileT>
+struct InFragments {
+  static constexpr int kRowBytes = TileT::kDepth * 2;
+  uint32_t offset[TileT::kMmasK];
 
-  __device__ FragmentLoads() {
+  __device__ InFragments() {
     const Place<TileT> place;
     const LaneChunk a = rows_first(place.lane);
 #pragma unroll
-    for (int k = 0; k < TileT::kMmasK; ++k) in_offset[k] = swizzle<kInRowBytes>(place.warp_row + a.row, 2 * k + a.chunk);
+    for (int k = 0; k < TileT::kMmasK; ++k) offset[k] = swizzle<kRowBytes>(place.warp_row + a.row, 2 * k + a.chunk);
+  }
+  __device__ void load(uint32_t (&a)[TileT::kMmasM][4], uint32_t stage, int k) const {
 #pragma unroll
-    for (int i = 0; i < kWeightOffsets; ++i) {
+    for (int i = 0; i < TileT::kMmasM; ++i) ldmatrix_x4<false>(a[i], stage + offset[k] + i * kMmaM * kRowBytes);
+  }
+};
+
+// And those of the weight.
+template <class TileT, bool kWeightRows>
+struct WeightFragments {
+  static constexpr int kRowBytes = 2 * (kWeightRows ? TileT::kDepth : TileT::kColumns);
+  static constexpr int kPairs = TileT::kMmasN / 2;
+  static constexpr int kOffsets = kWeightRows ? TileT::kMmasK : kPairs;
+  uint32_t offset[kOffsets];
+
+  __device__ WeightFragments() {
+    const Place<TileT> place;
+    const LaneChunk rows = rows_first(place.lane), chunks = chunks_first(place.lane);
+#pragma unroll
+    for (int i = 0; i < kOffsets; ++i) {
       if constexpr (kWeightRows) {
-        const LaneChunk b = chunks_first(place.lane);
-        const int column = place.warp_column + TileT::column(b.row / kMmaN) + b.row % kMmaN;
-        weight_offset[i] = TileT::kInBytes + swizzle<kWeightRowBytes>(column, 2 * i + b.chunk);
+        const int column = place.warp_column + TileT::column(chunks.row / kMmaN) + chunks.row % kMmaN;
+        offset[i] = TileT::kInBytes + swizzle<kRowBytes>(column, 2 * i + chunks.chunk);
       } else {
-        const int column = place.warp_column + TileT::column(2 * i) + TileT::column(a.chunk);
-        weight_offset[i] = TileT::kInBytes + swizzle<kWeightRowBytes>(a.row, column / kVectorElements);
+        const int column = place.warp_column + TileT::column(2 * i) + TileT::column(rows.chunk);
+        offset[i] = TileT::kInBytes + swizzle<kRowBytes>(rows.row, column / kVectorElements);
       }
     }
   }
-  __device__ void load(uint32_t (&a)[TileT::kMmasM][4], uint32_t (&b)[kPairs][4], uint32_t stage, int k) const {
-#pragma unroll
-    for (int i = 0; i < TileT::kMmasM; ++i) ldmatrix_x4<false>(a[i], stage + in_offset[k] + i * kMmaM * kInRowBytes);
+  __device__ void load(uint32_t (&b)[kPairs][4], uint32_t stage, int k) const {
 #pragma unroll
     for (int p = 0; p < kPairs; ++p) {
       if constexpr (kWeightRows) {
-        ldmatrix_x4<false>(b[p], stage + weight_offset[k] + TileT::column(2 * p) * kWeightRowBytes);
+        ldmatrix_x4<false>(b[p], stage + offset[k] + TileT::column(2 * p) * kRowBytes);
       } else {
-        ldmatrix_x4<true>(b[p], stage + weight_offset[p] + k * kMmaK * kWeightRowBytes);
+        ldmatrix_x4<true>(b[p], stage + offset[p] + k * kMmaK * kRowBytes);
       }
     }
   }
@@ -239,8 +251,8 @@ __device__ __forceinline__ int2 tile_of_block(int tiles_m, int tiles_n) {
 }
 
 // `in` and `weight` are copies as above, or anything else whose start(stage) brings its next step's tile into shared memory,
-// in the same order and swizzle: by cp.async, or by stores that are done when it returns.
-template <class T, class TileT, bool kWeightRows, bool kDropout, class InCopies, class WeightCopies>
+// by cp.async or by stores, and WeightT is what loads fragments of the weight from there.
+template <class T, class TileT, class WeightT, bool kDropout, class InCopies, class WeightCopies>
 __device__ __forceinline__ void gemm(const Gemm& p, int row0, int column0, int steps, InCopies in, WeightCopies weight) {
   const uint32_t shared = shared_address(shared_memory());
   const auto start_copies = [&](uint32_t stage) {
@@ -265,13 +277,15 @@ __device__ __forceinline__ void gemm(const Gemm& p, int row0, int column0, int s
   }
 
   if (steps > 0) {
-    const FragmentLoads<TileT, kWeightRows> fragments;
+    const InFragments<TileT> in_fragments;
+    WeightT weight_fragments;
     uint32_t a[2][TileT::kMmasM][4], b[2][TileT::kMmasN / 2][4];
-    const uint32_t end = shared + TileT::kSharedBytes;
+    const uint32_t end = shared + TileT::kStages * TileT::kStageBytes;
     uint32_t stage = shared, free_stage = end - TileT::kStageBytes;
     cp_async_wait<TileT::kStages - 2>();
     __syncthreads();
-    fragments.load(a[0], b[0], stage, 0);
+    in_fragments.load(a[0], stage, 0);
+    weight_fragments.load(b[0], stage, 0);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
 #pragma unroll
@@ -282,7 +296,8 @@ __device__ __forceinline__ void gemm(const Gemm& p, int row0, int column0, int s
           cp_async_wait<TileT::kStages - 2>();
           __syncthreads();
         }
-        fragments.load(a[(k + 1) % 2], b[(k + 1) % 2], stage, (k + 1) % TileT::kMmasK);
+        in_fragments.load(a[(k + 1) % 2], stage, (k + 1) % TileT::kMmasK);
+        weight_fragments.load(b[(k + 1) % 2], stage, (k + 1) % TileT::kMmasK);
         if (k == 0) start_copies(free_stage);
         multiply<T, TileT>(acc, a[k % 2], b[k % 2]);
       }
@@ -302,8 +317,9 @@ __global__ void __launch_bounds__(kGemmThreads, 2) gemm_kernel(const __grid_cons
   const int2 tile = tile_of_block(p.tiles_m, p.tiles_n);
   const int row0 = tile.x * TileT::kRows, column0 = tile.y * TileT::kColumns;
   const int steps = p.accumulate ? 0 : (p.depth + TileT::kDepth - 1) / TileT::kDepth;
-  gemm<T, TileT, kWeightRows, kDropout>(p, row0, column0, steps, InCopies(p.in, p.in_stride, row0, p.M, p.depth),
-                                        WeightCopies(p.weight, p.weight_stride, column0, p.columns, p.depth));
+  gemm<T, TileT, WeightFragments<TileT, kWeightRows>, kDropout>(
+      p, row0, column0, steps, InCopies(p.in, p.in_stride, row0, p.M, p.depth),
+      WeightCopies(p.weight, p.weight_stride, column0, p.columns, p.depth));
 }
 
 }  // namespace lora_ops

@@ -8,10 +8,6 @@
 
 namespace lora_ops {
 
-static Matrix transpose(const Matrix& m) {
-  return {m.data, m.col_stride, m.row_stride, m.dtype};
-}
-
 void launch_lora_backward_dx(const CudaLoraBackwardDx& p, void* stream) {
   const float keep_scale = p.dropout.threshold > 0 ? p.dropout.keep_scale : 1.f;
   launch_gemm<true>("lora_backward_dx", p.M, p.K, p.N, p.r, p.dy, transpose(p.weight), p.dS, transpose(p.lora_A), keep_scale,

@@ -165,6 +165,11 @@ __device__ __forceinline__ void store_shared(uint32_t shared, uint32_t v) {
 __device__ __forceinline__ void store_shared(uint32_t shared, uint16_t v) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared), "h"(v) : "memory");
 }
+__device__ __forceinline__ uint32_t load_shared2(uint32_t shared) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(shared) : "memory");
+  return v;
+}
 __device__ __forceinline__ uint32_t load_shared4(uint32_t shared) {
   uint32_t v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared) : "memory");
@@ -173,6 +178,13 @@ __device__ __forceinline__ uint32_t load_shared4(uint32_t shared) {
 __device__ __forceinline__ uint4 load_shared16(uint32_t shared) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared) : "memory");
+  return v;
+}
+
+// From a table that nobody writes any more once its addresses are known: free to be moved.
+__device__ __forceinline__ float lookup_shared(uint32_t shared) {
+  float v;
+  asm("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(shared));
   return v;
 }
 

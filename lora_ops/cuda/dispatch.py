@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,74 +53,51 @@ def known_paths(device: torch.device) -> Choices:
     return choices(device, extension().driver_version())
 
 
-def lora_forward(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    panels: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+def _forward(op: str, x: Tensor, weight: Tensor | Weight, *beside):  # type: ignore[no-untyped-def]
+    lora_A, lora_B, _, seed, *_ = beside
+    _check_seed(seed, x.device)
+    with torch.cuda.device(x.device):
+        run: Callable[..., Any] = functools.partial(ops.forward, target(x.device), x, weight, *beside)
+        shape = (lora_B.shape[0], x.shape[-1])
+        return run(split=choose(known_paths(x.device), op, x, shape, lora_A, run))
+
+
+def _backward(op: str, dy: Tensor, x: Tensor | None, weight: Tensor | Weight, *beside):  # type: ignore[no-untyped-def]
+    lora_A, lora_B, _, seed, _, _, need_dx, *_ = beside
+    _check_seed(seed, dy.device)
+    with torch.cuda.device(dy.device):
+        run: Callable[..., Any] = functools.partial(ops.backward, target(dy.device), dy, x, weight, *beside)
+        shape = (lora_B.shape[0], lora_A.shape[1])
+        return run(split=need_dx and choose(known_paths(dy.device), op, dy, shape, lora_A, run))
+
+
+def lora_forward(x: Tensor, weight: Tensor, lora_A, lora_B, bias, panels, seed, scaling, dropout_p):  # type: ignore[no-untyped-def]
     check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if not has_kernel(x, weight):
         return forward_reference(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p)
-    _check_seed(seed, x.device)
-    with torch.cuda.device(x.device):
-        run = functools.partial(ops.forward, target(x.device), x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
-        return run(split=choose(known_paths(x.device), "lora_forward", x, weight, lora_A, run))
+    return _forward("lora_forward", x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
 
 
-def lora_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    S: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    need_dx: bool,
-    need_dA: bool,
-    need_dB: bool,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need = (need_dx, need_dA, need_dB, need_dbias)
+def lora_backward(dy: Tensor, x: Tensor | None, weight: Tensor, *beside):  # type: ignore[no-untyped-def]
     if not has_kernel(dy, weight):
-        return backward_reference(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, *need)
-    _check_seed(seed, dy.device)
-    with torch.cuda.device(dy.device):
-        run = functools.partial(
-            ops.backward, target(dy.device), dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, *need
-        )
-        return run(split=need_dx and choose(known_paths(dy.device), "lora_backward", dy, weight, lora_A, run))
+        return backward_reference(dy, x, weight, *beside)
+    return _backward("lora_backward", dy, x, weight, *beside)
 
 
 def qlora_forward(x: Tensor, *args):  # type: ignore[no-untyped-def]
-    """lora_forward on the decoded weight, which lives as long as the call."""
     weight, beside = Weight(*args[:7]), args[7:]
     if not has_kernel(x, weight.codes):
         return qlora_ops.forward_reference(x, *args)
-    lora_A, lora_B, bias, seed, scaling, dropout_p = beside
+    lora_A, lora_B, bias, _, scaling, dropout_p = beside
     qlora_ops.check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
-    with torch.cuda.device(x.device):
-        W = ops.dequantize(target(x.device), weight, x.shape[-1], x.dtype)
-    return lora_forward(x, W, lora_A, lora_B, bias, None, seed, scaling, dropout_p)
+    return _forward("qlora_forward", x, weight, *beside)
 
 
 def qlora_backward(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-untyped-def]
     weight, beside = Weight(*args[:7]), args[7:]
     if not has_kernel(dy, weight.codes):
         return qlora_ops.backward_reference(dy, x, *args)
-    lora_A, need_dx = beside[0], beside[6]
-    with torch.cuda.device(dy.device):
-        # Without a dx nobody reads the weight; its shape is asked for all the same.
-        shape = (weight.codes.shape[0], lora_A.shape[1])
-        W = ops.dequantize(target(dy.device), weight, shape[1], dy.dtype) if need_dx else dy.new_empty(1).expand(shape)
-    return lora_backward(dy, x, W, *beside)
+    return _backward("qlora_backward", dy, x, weight, *beside)
 
 
 library.impl("lora_forward", lora_forward, "CUDA")

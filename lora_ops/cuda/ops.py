@@ -1,11 +1,13 @@
 """lora_forward and lora_backward on a GPU, kernel by kernel.
 
-    dequantize_4bit     W0 = values[code] · absmax, for what follows
     lora_down           S = drop(x) Aᵀ
     lora_forward        y = x W0ᵀ + scaling · S Bᵀ + bias
     lora_backward_up    dS = scaling · dy B, dB = scaling · dyᵀ S, dbias = Σ_rows dy        one pass over dy
     lora_backward_dx    dx = dy W0 + drop'(dS A)
     lora_backward_down  dA = dSᵀ drop(x)
+
+A 4-bit W0 is decoded inside qlora_forward and qlora_backward_dx, in the places of lora_forward and lora_backward_dx; where they
+do not take the shape, dequantize_4bit writes it out for the length of the call.
 
 `split` leaves x W0ᵀ and dy W0 to torch (cuBLAS), and the kernels add the rest. Every tensor is torch's, workspaces included;
 the dropout seed stays on the device; nothing waits for the GPU.
@@ -19,7 +21,7 @@ from torch import Tensor
 from .. import reference
 from ..ops import matrix, rows_of
 from ..qlora_ops import Weight
-from ..quant.layout import DTYPES, QUANT_TYPES
+from ..quant.layout import CHUNK, DTYPES, QUANT_TYPES
 
 HALF = (torch.bfloat16, torch.float16)
 _LARGEST = 1 << 30  # of a dimension: kernels count in 32 bits
@@ -51,11 +53,6 @@ def _dropout(seed: Tensor | None, p: float) -> tuple[int, int, float]:
     return seed.data_ptr(), reference.dropout_threshold(p), 1.0 / (1.0 - p)
 
 
-def _strided(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    weight = weight.to(dtype)
-    return weight if 1 in weight.stride() else weight.contiguous()
-
-
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -70,10 +67,23 @@ def dequantize(target: Target, weight: Weight, K: int, dtype: torch.dtype) -> Te
     return out
 
 
+def _operand(target: Target, weight: Tensor | Weight, rows: Tensor, K: int, split: bool) -> Tensor | Weight:
+    """The weight as what multiplies rows takes it: a kernel, or with `split` torch."""
+    if isinstance(weight, Weight):
+        decoded_inside = not split and K % CHUNK == 0 and rows.data_ptr() % 16 == 0 and rows.stride(0) % 8 == 0
+        return weight if decoded_inside else dequantize(target, weight, K, rows.dtype)
+    weight = weight.to(rows.dtype)
+    return weight if 1 in weight.stride() else weight.contiguous()
+
+
+def _for_kernel(weight: Tensor | Weight) -> Any:
+    return weight.for_kernel() if isinstance(weight, Weight) else matrix(weight)
+
+
 def forward(
     target: Target,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -90,10 +100,11 @@ def forward(
         target, "lora_down", x.device,
         M, K, r, matrix(rows), matrix(A), _dropout(seed, dropout_p), S.data_ptr(), target.sm_count,
     )  # fmt: skip
-    weight = _strided(weight, x.dtype)
-    y = rows @ weight.T if split else rows.new_empty((M, N))
-    target.extension.lora_forward(
-        M, K, N, r, matrix(rows), None if split else matrix(weight), matrix(B),
+    weight = _operand(target, weight, rows, K, split)
+    y = rows @ weight.T if split else rows.new_empty((M, N))  # type: ignore[union-attr]
+    launch = target.extension.qlora_forward if isinstance(weight, Weight) else target.extension.lora_forward
+    launch(
+        M, K, N, r, matrix(rows), None if split else _for_kernel(weight), matrix(B),
         matrix(None if bias is None else bias.contiguous()), matrix(y), S.data_ptr(), scaling, target.stream,
     )  # fmt: skip
     return y.view(*x.shape[:-1], N), S
@@ -103,7 +114,7 @@ def backward(
     target: Target,
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     S: Tensor | None,
@@ -132,11 +143,13 @@ def backward(
         )  # fmt: skip
     dx = g.new_empty(0)
     if need_dx:
-        weight = _strided(weight, dy.dtype)
-        dx = g @ weight if split else g.new_empty((M, K))
-        target.extension.lora_backward_dx(
-            M, K, N, r, matrix(g), None if split else matrix(weight), matrix(A), matrix(dx), dS.data_ptr(), mask, target.stream
-        )
+        weight = _operand(target, weight, g, K, split)
+        dx = g @ weight if split else g.new_empty((M, K))  # type: ignore[operator]
+        launch = target.extension.qlora_backward_dx if isinstance(weight, Weight) else target.extension.lora_backward_dx
+        launch(
+            M, K, N, r, matrix(g), None if split else _for_kernel(weight), matrix(A), matrix(dx), dS.data_ptr(), mask,
+            target.stream,
+        )  # fmt: skip
         dx = dx.view(*dy.shape[:-1], K)
     if need_dA:
         assert x is not None

@@ -1,7 +1,7 @@
 """Which path a product takes on this GPU: decided by timing both, once.
 
     fused   our kernel multiplies by W0 and adds the low-rank term in the same accumulators
-    split   torch (cuBLAS) multiplies by W0, our kernels add the low-rank term
+    split   torch (cuBLAS) multiplies by W0, our kernels add the low-rank term; a 4-bit W0 is decoded as a whole for that
 
 The choice is kept per GPU, op, shape (M by powers of two) and dtypes: in memory, and in cuda_paths.json in the cache folder
 (LORA_OPS_CACHE, or lora_ops in XDG_CACHE_HOME or ~/.cache). LORA_OPS_CUDA_PATH=fused|split|auto forces one.
@@ -149,13 +149,13 @@ def choices(device: torch.device, driver: int) -> Choices:
     return Choices(cuda_clock, f"{name}, driver {driver}, torch {torch.__version__}, lora_ops {__version__}", cache_file())
 
 
-def choose(known: Choices, op: str, x: Tensor, weight: Tensor, lora_A: Tensor, run: Callable[..., object]) -> bool:
-    """Whether torch multiplies by W0, for x (..., K or N), weight (N, K), lora_A (r, K); run(split=...) is what is timed.
+def choose(known: Choices, op: str, x: Tensor, shape: tuple[int, int], lora_A: Tensor, run: Callable[..., object]) -> bool:
+    """Whether torch multiplies by W0, for x (..., K or N), W0 (N, K), lora_A (r, K); run(split=...) is timed.
 
     Nothing is timed while a CUDA graph is captured.
     """
     M = x.numel() // x.shape[-1]
-    N, K = weight.shape
+    N, K = shape
     dtypes = " ".join(str(t.dtype).removeprefix("torch.") for t in (x, lora_A))
     key = f"{op} M={bucket(M)} N={N} K={K} r={lora_A.shape[0]} {dtypes}"
     may_time = not torch.cuda.is_current_stream_capturing()

@@ -14,7 +14,7 @@ QUANT_TYPES = {"nf4": 0, "fp4": 1}
 ZERO_CODE = {"nf4": 7, "fp4": 0}
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CHUNK = 128
+CHUNK = 128
 
 
 def check_format(shape: Any, dtype: Any, blocksize: Any, quant_type: Any) -> None:
@@ -35,8 +35,8 @@ def check_code(blocksize: Any, quant_type: Any) -> None:
 
 def row_bytes(K: int) -> int:
     """Of one row's codes: csrc/nf4.h's function, for those who trace Python."""
-    rest = K % _CHUNK
-    return K // _CHUNK * 64 + (0 if rest == 0 else 32 if rest <= _CHUNK // 2 else 64)
+    rest = K % CHUNK
+    return K // CHUNK * 64 + (0 if rest == 0 else 32 if rest <= CHUNK // 2 else 64)
 
 
 def check_tensors(
@@ -82,10 +82,10 @@ def pack_codes(codes: Tensor, quant_type: str) -> Tensor:
     32 j + w in nibble j of byte w. What lies beyond the row is the code of zero.
     """
     N, K = codes.shape
-    short = 0 < K % _CHUNK <= _CHUNK // 2
-    multiple = _CHUNK // 2 if short else _CHUNK
+    short = 0 < K % CHUNK <= CHUNK // 2
+    multiple = CHUNK // 2 if short else CHUNK
     padded = torch.nn.functional.pad(codes, (0, -K % multiple), value=ZERO_CODE[quant_type])
-    whole = padded.shape[1] // _CHUNK * _CHUNK
+    whole = padded.shape[1] // CHUNK * CHUNK
     j = padded[:, :whole].reshape(N, -1, 4, 32)
     packed = torch.stack([j[:, :, 0] | j[:, :, 1] << 4, j[:, :, 2] | j[:, :, 3] << 4], dim=-1).view(N, whole // 2)
     if not short:
