@@ -2,9 +2,11 @@
 
 They are the op tests' own launches and errors (tests/test_cuda_*.py, tests/skinny.py, tests/compare.py), of few shapes: together
 they take every branch of a kernel that the host can reach, its ring of buffers goes round, and the last tile is not whole.
+
+A kernel of a new source takes a function in _OPS, from the kernel to its cases.
 """
 
-import ctypes
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -17,31 +19,40 @@ from torch import Tensor
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "tests")]
 
 import compare
+import four_bit
 import skinny
 import test_cuda_lora_backward_dx as dx
 import test_cuda_lora_backward_up as up
 import test_cuda_lora_forward as forward
+import test_cuda_ops
+import test_cuda_qlora_backward_dx as qdx
+import test_cuda_qlora_forward as qforward
 from compare import BF16, F16, F32, Dtypes
-from cuda_structs import TILES, matrix
-from cuda_structs import Dropout as Dropout_
-from ptx.device import Run
+from ptx.device import Device, Run
 from skinny import Dropout, normal, strided
 
-from lora_ops import reference
+from lora_ops import quantize_nf4
+from lora_ops.cuda import ops
+from lora_ops.qlora_ops import weight_of
 
 
 class Case(NamedTuple):
     launch: Callable[[Run], dict[str, Tensor]]
     eager: dict[str, Tensor]
-    exact: dict[str, Tensor]
+    exact: dict[str, Tensor]  # eager's very tensors where the op tests want them bit for bit
+    counted: bool = False  # the op tests assert the counters of such a shape
 
     def wrong(self, results: dict[str, Tensor]) -> bool:
-        """Whether values leave the tolerance policy."""
+        return any(self._wrong(t, self.eager[name], self.exact[name]) for name, t in results.items())
+
+    @staticmethod
+    def _wrong(actual: Tensor, eager: Tensor, exact: Tensor) -> bool:
+        if eager is exact:
+            return not torch.equal(actual, exact)
         try:
-            errors = [compare.error(t, self.eager[name], self.exact[name]) for name, t in results.items()]
+            return not compare.error(actual, eager, exact).within_bound
         except AssertionError:  # NaN or infinity where there is none
             return True
-        return not all(e.within_bound for e in errors)
 
 
 class Kernel(NamedTuple):
@@ -53,14 +64,20 @@ class Kernel(NamedTuple):
         return re.findall(r"[^<>,\s]+", self.name.partition("<")[2])
 
     @property
+    def type(self) -> torch.dtype:
+        return {"Bf16": BF16, "Half": F16, "float": F32}[self.arguments[0]]
+
+    @property
     def dtypes(self) -> Dtypes:
-        x = {"Bf16": BF16, "Half": F16}[self.arguments[0]]
-        return Dtypes(x, F32 if self.arguments[1] == "float" else x)
+        return Dtypes(self.type, F32 if self.arguments[1] == "float" else self.type)
 
 
 def _laid_out(t: Tensor, vector: bool) -> Tensor:
     """Rows that begin at multiples of 16 bytes, or that do not."""
     return strided(t, 0, -t.shape[1] % 8) if vector else strided(t, 1, 1 + t.shape[1] % 2)
+
+
+# --- skinny products --------------------------------------------------------------------------------------------------
 
 
 def _skinny(kernel: Kernel, rows: int, columns: int) -> Iterator[tuple[int, int, int, int, Dropout | None]]:
@@ -80,7 +97,7 @@ def _skinny(kernel: Kernel, rows: int, columns: int) -> Iterator[tuple[int, int,
 
 def _down(kernel: Kernel) -> Iterator[Case]:
     dtypes, vector = kernel.dtypes, kernel.arguments[3] == "true"
-    for M, columns, r, sm_count, dropout in _skinny(kernel, 64, 128):
+    for i, (M, columns, r, sm_count, dropout) in enumerate(_skinny(kernel, 64, 128)):
         K = -(-columns // 8) * 8 if vector else columns  # A is contiguous
         r = r - M % 4 if vector and r <= 64 else r  # nor does anything else depend on its rows
         x, A = normal(M, K, dtype=dtypes.x), normal(r, K, dtype=dtypes.adapter, std=K**-0.5)
@@ -89,12 +106,12 @@ def _down(kernel: Kernel) -> Iterator[Case]:
             return {"S": skinny.lora_down(run.library, _laid_out(x, vector), A.clone(), dropout=dropout, sm_count=sm_count)}
 
         h, wide = (x.float(), x.double()) if dropout is None else (dropout.of(x.float()), dropout.of(x.double()))
-        yield Case(launch, {"S": h @ A.float().T}, {"S": wide @ A.double().T})
+        yield Case(launch, {"S": h @ A.float().T}, {"S": wide @ A.double().T}, counted=i == 0)
 
 
 def _backward_down(kernel: Kernel) -> Iterator[Case]:
     dtypes, vector = kernel.dtypes, kernel.arguments[3] == "true"
-    for M, K, r, sm_count, dropout in _skinny(kernel, 64, 128):
+    for i, (M, K, r, sm_count, dropout) in enumerate(_skinny(kernel, 64, 128)):
         x, dS = normal(M, K, dtype=dtypes.x), normal(M, r, dtype=F32)
 
         def launch(run: Run, x=x, dS=dS, sm_count=sm_count, dropout=dropout) -> dict[str, Tensor]:
@@ -102,7 +119,8 @@ def _backward_down(kernel: Kernel) -> Iterator[Case]:
             return {"dA": skinny.lora_backward_down(run.library, *inputs, dropout=dropout, sm_count=sm_count)}
 
         h, wide = (x, x.double()) if dropout is None else (dropout.of(x.to(dtypes.adapter)), dropout.of(x.double()))
-        yield Case(launch, {"dA": dS.to(dtypes.adapter).T @ h.to(dtypes.adapter)}, {"dA": dS.double().T @ wide})
+        eager, exact = dS.to(dtypes.adapter).T @ h.to(dtypes.adapter), dS.double().T @ wide
+        yield Case(launch, {"dA": eager}, {"dA": exact}, counted=i == 0)
 
 
 def _backward_up(kernel: Kernel) -> Iterator[Case]:
@@ -123,94 +141,12 @@ def _backward_up(kernel: Kernel) -> Iterator[Case]:
         g, wide = dy.to(dtypes.adapter) * up.SCALING, dy.double()
         eager = {"dS": up.SCALING * (dy.float() @ B.float()), "dB": g.T @ S.to(dtypes.adapter), "dbias": dy.sum(0)}
         exact = {"dS": up.SCALING * (wide @ B.double()), "dB": up.SCALING * (wide.T @ S.double()), "dbias": wide.sum(0)}
-        yield Case(launch, eager, exact)
-
-
-class Gemm(NamedTuple):
-    """A launch of lora_forward or lora_backward_dx. `vector`: whether rows begin at multiples of 16 bytes."""
-
-    case: compare.Case
-    is_dx: bool
-    tile: str
-    weight_transposed: bool
-    adapter_transposed: bool
-    inputs_vector: bool
-    out_vector: bool
-    base: Tensor | None  # what out holds where the weight is absent
-
-    def __call__(self, run: Run) -> dict[str, Tensor]:
-        case, module = self.case, dx if self.is_dx else forward
-        (M, K), N, r = case.x.shape, case.weight.shape[0], case.lora_A.shape[0]
-
-        def laid_out(t: Tensor, vector: bool, transposed: bool = False) -> Tensor:
-            return laid_out(t.T, vector).T if transposed else _laid_out(t, vector)
-
-        wide, adapter = (case.dy, case.lora_A) if self.is_dx else (case.x, case.lora_B)
-        out = laid_out(torch.empty(M, K if self.is_dx else N, dtype=wide.dtype) if self.base is None else self.base, self.out_vector)
-        weight = laid_out(case.weight, self.inputs_vector, self.weight_transposed)
-        wide, adapter = laid_out(wide, self.inputs_vector), laid_out(adapter, self.out_vector, self.adapter_transposed)
-        low_rank, bias = module.down(case), None if case.bias is None else case.bias.to(adapter.dtype, copy=True)
-        for t in (wide, weight, adapter, bias, low_rank):
-            if t is not None:
-                run.register(t, readonly=True)
-        there = [matrix(t) if self.base is None else matrix(None) for t in (wide, weight)]
-        if self.base is not None and self.weight_transposed:
-            there[1].row_stride, there[1].col_stride = 1, 0
-        end = low_rank.data_ptr(), TILES[self.tile]
-        if self.is_dx:
-            seed, p = case.seed, case.dropout_p
-            drop = Dropout_(None, 0, 1.0)
-            if seed is not None:
-                run.register(seed, readonly=True)
-                drop = Dropout_(seed.data_ptr(), reference.dropout_threshold(p), 1 / (1 - p))
-            params = dx.LoraBackwardDx(M, K, N, r, *there, matrix(adapter), matrix(out), end[0], drop, end[1])
-            failed = run.library.lora_ops_lora_backward_dx(ctypes.byref(params), None)
-        else:
-            matrices = *there, matrix(adapter), matrix(bias), matrix(out)
-            params = forward.LoraForward(M, K, N, r, *matrices, end[0], case.scaling, end[1])
-            failed = run.library.lora_ops_lora_forward(ctypes.byref(params), None)
-        if failed:
-            raise RuntimeError("the launch failed")
-        return {"out": out}
-
-
-def _gemm(kernel: Kernel) -> Iterator[Case]:
-    T, _, *sizes, weight_rows, vector, is_dx = kernel.arguments
-    rows, columns, depth, _, stages = map(int, sizes)
-    is_dx, vector, x = is_dx == "true", vector == "true", {"Bf16": BF16, "Half": F16}[T]
-    deep = (stages + 1) * depth  # the ring goes round
-    shapes = [  # M, columns of out, depth of the product, rank, parts of the adapter, base, dropout
-        (rows + 2, columns + 9, 24, 20, F32, False, 0.25),
-        (rows // 2, columns, deep, 16, x, False, 0.0),
-        (rows, columns // 2, deep + 25, 5, F32, False, 0.0),
-        (9 * rows + 1, 8, 8, 4, x, False, 0.0),
-        (3, 300, 8, 8, F32, False, 0.3),
-    ]
-    for i in range(1, 17):
-        wide, base = (columns // 2 * (i % 3) + 7 * i) % 150 + 1, vector and i % 3 == 0
-        shapes.append(((rows // 4 * (i % 4) + i), wide, depth // 2 * (i % 4) + 11 * i % 16 + 1, i, (F32, x)[i // 4 % 2], base, i % 2 / 4))
-    for i, (M, wide, deep, r, adapter, base, p) in enumerate(shapes):
-        K, N = (wide, deep) if is_dx else (deep, wide)
-        case = compare.make_case((M, K, N, r), Dtypes(x, adapter), bias=i % 4 != 3, dropout_p=p if is_dx else 0.0)
-        product = case.dy.double() @ case.weight.double() if is_dx else case.x.double() @ case.weight.double().T
-        launch = Gemm(
-            case,
-            is_dx,
-            {128: "large", 64: "medium", 32: "small"}[rows],
-            weight_transposed=(weight_rows == "true") == is_dx,
-            adapter_transposed=i % 3 == 2,
-            inputs_vector=vector,
-            out_vector=i % 4 < 2,
-            base=product.to(x) if base else None,
-        )
-        name = "dx" if is_dx else "y"
-        eager = compare.run(compare.eager_lora, case, backward=is_dx)[name]
-        yield Case(launch, {"out": eager}, {"out": compare.oracle(case, backward=is_dx)[name]})
+        yield Case(launch, eager, exact, counted=i == 0)
 
 
 def _reduce(_: Kernel) -> Iterator[Case]:
     """Of every output type, and three reductions at once, of up to ten splits."""
-    for i in range(1, 11):
+    for i in range(1, 11, 3):
         x, A = normal(3, 128 * i - 8, dtype=BF16), normal(40 * i + 16, 128 * i - 8, dtype=F32)
 
         def launch(run: Run, x=x, A=A) -> dict[str, Tensor]:
@@ -218,19 +154,107 @@ def _reduce(_: Kernel) -> Iterator[Case]:
 
         yield Case(launch, {"S": x.float() @ A.T}, {"S": x.double() @ A.double().T})
     for t in ("Bf16", "Half"):
-        yield from _backward_up(Kernel("lora_backward_up.cu", f"lora_backward_up_kernel<{t}, {t}, 16, true>"))
+        kernel = Kernel("lora_backward_up.cu", f"lora_backward_up_kernel<{t}, {t}, 16, true>")
+        yield from itertools.islice(_backward_up(kernel), 8)
 
 
-_OPS = {
-    "lora_down.cu": _down,
-    "lora_backward_down.cu": _backward_down,
-    "lora_backward_up.cu": _backward_up,
-    "lora_forward.cu": _gemm,
-    "lora_backward_dx.cu": _gemm,
-    "reduce.cu": _reduce,
+# --- dense and 4-bit products -----------------------------------------------------------------------------------------
+
+
+def _gemm(kernel: Kernel) -> Iterator[Case]:
+    *_, weight_rows, vector, is_dx = (a == "true" for a in kernel.arguments)
+    rows, columns, depth, _, stages = map(int, kernel.arguments[2:7])
+    x, op, name = kernel.type, dx if is_dx else forward, "dx" if is_dx else "y"
+    deep = (stages + 1) * depth  # the ring goes round
+    shapes = [  # M, columns of out, depth of the product, rank, adapter, base, dropout
+        (rows, columns, 2 * depth, 24, F32, False, 0.25),
+        (rows, columns, depth, 16, x, False, 0.0),
+        (rows + 2, columns + 9, 24, 20, F32, False, 0.25),
+        (rows // 2, columns, deep, 16, x, False, 0.0),
+        (rows, columns // 2, deep + 25, 5, F32, False, 0.0),
+        (9 * rows + 1, 8, 8, 4, x, False, 0.0),
+        (3, 300, 8, 8, F32, False, 0.3),
+    ]
+    for i in range(1, 17):
+        wide, base = (columns // 2 * (i % 3) + 7 * i) % 150 + 1, vector and weight_rows != is_dx and i % 3 == 0
+        M, K = rows // 4 * (i % 4) + i, depth // 2 * (i % 4) + 11 * i % 16 + 1
+        shapes.append((M, wide, K, i, (F32, x)[i // 4 % 2], base, i % 2 / 4))
+    for i, (M, wide, deep, r, adapter, base, p) in enumerate(shapes):
+        K, N = (wide, deep) if is_dx else (deep, wide)
+        case = compare.make_case((M, K, N, r), Dtypes(x, adapter), bias=i % 4 != 3, dropout_p=p if is_dx else 0.0)
+        product = case.dy.double() @ case.weight.double() if is_dx else case.x.double() @ case.weight.double().T
+        counted = i < 2
+        how = {
+            "tile": {128: "large", 64: "medium", 32: "small"}[rows],
+            "transposed": weight_rows == is_dx,
+            "layout": ("plain" if counted else "padded") if vector else "odd",
+            "layout_out": "plain" if counted else "padded" if i % 4 < 2 else "odd",
+            "adapter_transposed": i % 3 == 2,
+            "base": product.to(x) if base else None,
+        }
+
+        def launch(run: Run, case=case, low_rank=op.down(case), how=how) -> dict[str, Tensor]:
+            return {name: op.launch(run, case, low_rank, **how)}
+
+        eager = compare.run(compare.eager_lora, case, backward=is_dx)[name]
+        yield Case(launch, {name: eager}, {name: compare.oracle(case, backward=is_dx)[name]}, counted)
+
+
+def _gemm_4bit(kernel: Kernel, device: Device) -> Iterator[Case]:
+    """Bit for bit the dense kernel on the decoded weight."""
+    is_dx = kernel.source == "qlora_backward_dx.cu"
+    rows, columns, depth, _, stages = map(int, kernel.arguments[3:8])
+    x, op, dense = kernel.type, qdx if is_dx else qforward, dx if is_dx else forward
+    deep = (stages + 1) * depth
+    shapes = [(rows, 128, depth, 16, x), (rows + 2, columns + 9, deep, 20, F32), (3, columns // 2, 2 * depth, 8, F32)]
+    shapes += [((rows // 4 * (i % 4) + i), (37 * i) % 150 + 1, depth * (i % 4 + 1), i, (F32, x)[i % 2]) for i in range(1, 13)]
+    for i, (M, wide, deep, r, adapter) in enumerate(shapes):
+        K, N = (128 * (i % 2 + 1), deep - (i * 11 % 64 if i else 0)) if is_dx else (deep, wide)
+        settings = four_bit.SETTINGS[i % len(four_bit.SETTINGS)]
+        p = i % 3 / 4 if is_dx else 0.0
+        case = four_bit.make_quantised_case((M, K, N, r), Dtypes(x, adapter), settings, bias=i % 4 != 3, dropout_p=p)
+        low_rank = dense.down(case)
+        how = {} if is_dx else {"tile": {32: "small", 64: "medium"}[rows]}
+
+        def launch(run: Run, case=case, low_rank=low_rank, how=how, counted=i == 0) -> dict[str, Tensor]:
+            return {"out": op.launch(run, case, low_rank, layout="plain" if counted else "padded", **how)}
+
+        with device.run() as run:
+            expected = {"out": dense.launch(run, case, low_rank)}
+        yield Case(launch, expected, expected, counted=i == 0)
+
+
+def _dequantize(kernel: Kernel, device: Device) -> Iterator[Case]:
+    """Bit for bit the CPU's: every kind of row's end, nested scales and not, blocks within rows and across them."""
+    module = test_cuda_ops.extension(device)
+    quant_type = ("nf4", "fp4")[int(kernel.arguments[1][-1])]
+    for i, K in enumerate((1, 31, 64, 65, 127, 128, 300, 1100, 2049)):
+        blocksize, double_quant, _ = four_bit.SETTINGS[i % len(four_bit.SETTINGS)]
+        qweight = quantize_nf4(normal(7 + i, K, dtype=F32), blocksize, double_quant, quant_type)
+
+        def launch(run: Run, qweight=qweight, K=K) -> dict[str, Tensor]:
+            for t in vars(qweight).values():
+                if isinstance(t, Tensor):
+                    run.register(t, readonly=True)
+            return {"weight": ops.dequantize(ops.Target(module, 4, 0), weight_of(qweight), K, kernel.type)}
+
+        expected = {"weight": qweight.dequantize(kernel.type)}
+        yield Case(launch, expected, expected)
+
+
+_OPS: dict[str, Callable[[Kernel, Device], Iterator[Case]]] = {
+    "dequantize_4bit.cu": _dequantize,
+    "lora_backward_down.cu": lambda kernel, _: _backward_down(kernel),
+    "lora_backward_dx.cu": lambda kernel, _: _gemm(kernel),
+    "lora_backward_up.cu": lambda kernel, _: _backward_up(kernel),
+    "lora_down.cu": lambda kernel, _: _down(kernel),
+    "lora_forward.cu": lambda kernel, _: _gemm(kernel),
+    "qlora_backward_dx.cu": _gemm_4bit,
+    "qlora_forward.cu": _gemm_4bit,
+    "reduce.cu": lambda kernel, _: _reduce(kernel),
 }
 
 
-def cases(kernel: Kernel) -> list[Case]:
+def cases(kernel: Kernel, device: Device) -> list[Case]:
     torch.manual_seed(0)
-    return list(_OPS[kernel.source](kernel))
+    return list(_OPS[kernel.source](kernel, device))

@@ -11,8 +11,10 @@ OPERATORS = {
     "shr": "shl", "div": "mul.lo",
 }  # fmt: skip
 COMPARISONS = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt", "eq": "ne", "ne": "eq"}
-DROPPED = ("bar.", "cp.async", "st.", "mma.")
-WITH_IMMEDIATES = ("add", "sub", "mul", "mad", "and", "or", "xor", "min", "max", "mov", "setp", "selp", "bfi", "cp.async.wait_group")
+WITH_IMMEDIATES = (
+    "add", "sub", "mul", "mad", "and", "or", "xor", "min", "max", "mov", "setp", "selp", "bfi", "prmt",
+    "cp.async.wait_group",
+)  # fmt: skip
 
 
 def _operator(opcode: str) -> str | None:
@@ -36,8 +38,12 @@ def _width(opcode: str) -> int:
     return int(re.search(r"\.[busf](\d+)$", opcode)[1]) // 8 * (int(vector[1]) if vector else 1)
 
 
-def changes(line: str) -> Iterator[tuple[str, str]]:
-    """Kind and text of every mutant of one line of PTX."""
+def _register_type(item: str) -> str:
+    return re.match(r"%?[a-z]*", item)[0]
+
+
+def changes(line: str, written: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Kind and text of every mutant of one line of PTX. `written`: by type, the register that was written last before it."""
     parts = re.fullmatch(r"(\s*)(@!?%p\d+\s+)?([a-z][\w.]*)(\s+.*)?;(.*)", line)
     if not parts:
         return
@@ -49,7 +55,7 @@ def changes(line: str) -> Iterator[tuple[str, str]]:
     if guard:
         yield "predicate dropped", made(guard="")
         yield "predicate negated", made(guard=guard.replace("@!", "@") if "!" in guard else guard.replace("@", "@!"))
-    if opcode.startswith(DROPPED):
+    if not opcode.startswith(("bra", "ret")):
         yield "dropped", f"{indent}//{line.strip()}"
     if other := _operator(opcode):
         yield "operator", made(other)
@@ -63,10 +69,13 @@ def changes(line: str) -> Iterator[tuple[str, str]]:
     def joined(changed: list[str]) -> str:
         return made(operands=" " + ", ".join(changed))
 
-    if (name == "sub" or (name == "setp" and not re.match(r"setp\.(eq|ne)", opcode)) or name == "selp") and items[1] != items[2]:
+    ordered = name in ("sub", "selp") or (name == "setp" and not re.match(r"setp\.(eq|ne)", opcode)) or "x2.f32" in opcode
+    if ordered and items[1] != items[2]:
         yield "operands swapped", joined([items[0], items[2], items[1], *items[3:]])
     for i, item in enumerate(items):
         before, after = items[:i], items[i + 1 :]
+        if i > 0 and (other := written.get(_register_type(item), item)) not in items:
+            yield "operand", joined([*before, other, *after])
         if item[0] == "{" and not (name == "mma" and i in (0, 3)) and "param" not in opcode:
             registers = item[1:-1].split(",")
             if len(registers) > 1 and registers[0] != registers[1]:
@@ -80,7 +89,7 @@ def changes(line: str) -> Iterator[tuple[str, str]]:
                 yield "shift", joined([*before, str(int(item) + by), *after])
         elif re.fullmatch(r"-?\d+", item) and opcode.startswith(WITH_IMMEDIATES):
             for by in (1, -1):
-                if opcode != "cp.async.wait_group" or int(item) + by >= 0:
+                if int(item) + by >= 0 or opcode not in ("cp.async.wait_group", "mov.pred"):
                     yield "immediate", joined([*before, str(int(item) + by), *after])
         elif re.fullmatch(r"0f[0-9A-F]{8}", item):
             yield "immediate", joined([*before, "0f3F800000" if item == "0f00000000" else "0f00000000", *after])
@@ -119,19 +128,22 @@ class Entry(NamedTuple):
         return ""
 
     def reached(self, line: int, executed: set[int]) -> bool:
-        """Branches are not counted: one is reached if what stands before it is."""
+        """Whether counters name it, from 1. They leave out branches: one is reached if what stands before it is."""
         lines = self.text.split("\n")
         while " bra" in lines[line] or re.match(r"\s*(\.loc|//|$)", lines[line]):
             line -= 1
-        return line in executed or lines[line].endswith(":")
+        return line + 1 in executed or lines[line].endswith(":")
 
     def mutants(self) -> dict[str, list[Mutant]]:
         found: dict[str, list[Mutant]] = defaultdict(list)
+        written: dict[str, str] = {}
         for number, line in enumerate(self.text.split("\n")[self.header_lines :], self.header_lines):
             if line.startswith("}"):
                 break
-            for kind, after in changes(line):
+            for kind, after in changes(line, written):
                 found[kind].append(Mutant(kind, number, line.strip(), after))
+            if register := re.match(r"\s*[a-z][\w.]*\s+(%[a-z]+\d+),", line):
+                written[_register_type(register[1])] = register[1]
         return found
 
     def with_(self, mutant: Mutant) -> str:
