@@ -1,13 +1,15 @@
 """What is installed and whether it computes what it should, as text that can be pasted into an issue.
 
-On a GPU every op is held against reference.py in float64 by the policy of the test suite, an error of at most 1.5 times eager's
-and one ulp, and then timed, with the share of what the GPU's data sheet allows.
+On a GPU every op is held on each of its paths against reference.py in float64 by the policy of the test suite, an error of at
+most 1.5 times eager's and one ulp, and then timed, with the share of what the GPU's data sheet allows. After an error of its
+own, such as an illegal address, a GPU computes nothing more in this process: the report ends there and says so.
 """
 
+import contextlib
 import math
+import os
 import platform
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,11 +48,22 @@ CASES = [
     Case(128, 1024, 512, 16, _BF16, _F32, 0.0, True), Case(4, 1024, 512, 8, _F16, _F16, 0.1, True),
 ]  # fmt: skip
 
-# Dense bf16 flop/s with fp32 accumulation and bytes/s, from data sheets.
+# Dense bf16 flop/s with fp32 accumulation and bytes/s, from data sheets, by torch.cuda.get_device_name without "NVIDIA ": a
+# board of the same chip with other memory, power or bus is another GPU. No share is printed for what is not listed.
 PEAKS = {
-    "A100": (312e12, 1.94e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "B200": (2250e12, 8e12),
-    "RTX 3090": (71e12, 0.94e12), "RTX 4090": (165e12, 1.01e12), "RTX 5090": (210e12, 1.79e12), "L4": (121e12, 0.3e12),
+    "A100-SXM4-40GB": (312e12, 1.555e12), "A100-SXM4-80GB": (312e12, 2.039e12),
+    "A100-PCIE-40GB": (312e12, 1.555e12), "A100 80GB PCIe": (312e12, 1.935e12),
+    "H100 80GB HBM3": (989e12, 3.35e12), "H100 PCIe": (756e12, 2.0e12), "H100 NVL": (835e12, 3.9e12),
+    "H200": (989e12, 4.8e12), "H200 NVL": (836e12, 4.8e12), "B200": (2250e12, 8e12),
+    "L4": (121e12, 0.3e12), "L40S": (362e12, 0.864e12), "A10": (125e12, 0.6e12), "RTX A6000": (154.8e12, 0.768e12),
+    "GeForce RTX 3090": (71e12, 0.936e12), "GeForce RTX 4090": (165.2e12, 1.008e12), "GeForce RTX 5090": (209.5e12, 1.792e12),
 }  # fmt: skip
+
+
+def peaks(name: str) -> tuple[float, float] | None:
+    return PEAKS.get(name.removeprefix("NVIDIA "))
+
+
 BENCH = [(1, 4096, 4096), (512, 4096, 4096), (4096, 4096, 4096), (4096, 4096, 14336)]
 
 
@@ -117,13 +130,54 @@ def failures(actual: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[st
     return found
 
 
-def self_test(device: torch.device, cases: list[Case]) -> Iterator[tuple[Case, list[str]]]:
-    """Each case with what is wrong with it. An op that raises is wrong, too."""
-    for case in cases:
+class GpuFailed(Exception):  # noqa: N818
+    """The GPU reported an error after which nothing runs on it in this process."""
+
+
+def said(e: Exception) -> str:
+    """torch adds advice about debugging below the first line."""
+    return f"{type(e).__name__}: {e}".splitlines()[0]
+
+
+def check_alive(device: torch.device) -> None:
+    if device.type == "cuda":
         try:
-            yield case, failures(*results(case, device))
-        except Exception as e:
-            yield case, [f"{type(e).__name__}: {e}"]
+            torch.cuda.synchronize(device)
+        except RuntimeError as e:
+            raise GpuFailed(said(e)) from None
+
+
+@contextlib.contextmanager
+def forced_path(chosen: str) -> Iterator[None]:
+    before = os.environ.get(path.VARIABLE)
+    os.environ[path.VARIABLE] = chosen
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[path.VARIABLE]
+        else:
+            os.environ[path.VARIABLE] = before
+
+
+def self_test(
+    device: torch.device, cases: list[Case], paths: Sequence[str] = ("auto",)
+) -> Iterator[tuple[Case, str, list[str]]]:
+    """Each case on each path with what is wrong with it. An op that raises is wrong, too.
+
+    GpuFailed follows where the GPU is lost by that.
+    """
+    for case in cases:
+        for chosen in paths:
+            error = None
+            with forced_path(chosen):
+                try:
+                    problems = failures(*results(case, device))
+                except Exception as e:
+                    error, problems = e, [said(e)]
+            yield case, chosen, problems
+            if error is not None:
+                check_alive(device)
 
 
 # --- bench ------------------------------------------------------------------------------------------------------------
@@ -136,9 +190,7 @@ def known(device: torch.device) -> dict[str, str]:
 
 def bench(device: torch.device) -> Iterator[str]:
     """Lines of a table: bf16, fp32 adapters, r = 16, forward and forward + backward."""
-    name = torch.cuda.get_device_name(device)
-    # Whole words: neither an L40 nor an RTX 4090 D is what its name begins with.
-    peak = next((peaks for part, peaks in PEAKS.items() if re.search(rf"\b{part}\b(?! D\b| Laptop)", name)), None)
+    peak = peaks(torch.cuda.get_device_name(device))
     yield "  M x K x N             pass   F.linear   eager LoRA   lora_ops   path    of the roofline"
     for M, K, N in BENCH:
         x = torch.randn(M, K, device=device, dtype=_BF16)
@@ -196,6 +248,29 @@ def about() -> Iterator[str]:
     yield f"LORA_OPS_CUDA_PATH: {path.forced() or 'auto'}, choices are kept in {path.cache_file()}"
 
 
+def examine(device: torch.device) -> int:
+    """Prints what there is to say of a GPU, and returns how many checks failed."""
+    wrong = 0
+    paths = path.PATHS if dispatch.extension() is not None else ("auto",)
+    try:
+        for case, chosen, problems in self_test(device, CASES, paths):
+            print(f"  {'WRONG' if problems else 'ok   '}  {chosen:5}  {case}")
+            for problem in problems:
+                print(f"         {problem}")
+            wrong += bool(problems)
+        for line in bench(device):
+            print(line, flush=True)
+    except GpuFailed:
+        raise
+    except Exception as e:  # of the bench
+        wrong += 1
+        print(f"  WRONG  the bench ends here: {said(e)}")
+        check_alive(device)
+    for key, chosen in sorted(known(device).items()):
+        print(f"  path: {key}: {chosen}")
+    return wrong
+
+
 def main() -> int:
     """Prints the report. 1 if a check failed."""
     for line in about():
@@ -208,15 +283,11 @@ def main() -> int:
         device = torch.device("cuda", i)
         properties = torch.cuda.get_device_properties(device)
         print(f"\nGPU {i}: {properties.name}, sm_{properties.major}{properties.minor}, {properties.multi_processor_count} SMs")
-        with torch.cuda.device(device):
-            for case, problems in self_test(device, CASES):
-                print(f"  {'WRONG' if problems else 'ok   '}  {case}")
-                for problem in problems:
-                    print(f"         {problem}")
-                wrong += bool(problems)
-            for line in bench(device):
-                print(line, flush=True)
-        for key, chosen in sorted(known(device).items()):
-            print(f"  path: {key}: {chosen}")
+        try:
+            with torch.cuda.device(device):
+                wrong += examine(device)
+        except GpuFailed as e:
+            print(f"\nGPU {i} FAILED, nothing more can be computed in this process: {e}")
+            return 1
     print(f"\n{wrong} checks failed" if wrong else "\nall checks passed")
     return int(wrong > 0)

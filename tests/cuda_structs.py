@@ -27,6 +27,33 @@ class Dropout(ctypes.Structure):
     _fields_ = [("seed", ctypes.c_void_p), ("threshold", ctypes.c_uint32), ("keep_scale", ctypes.c_float)]
 
 
+class LoraForward(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in "MKNr"),
+        *((name, Matrix) for name in ("x", "weight", "lora_B", "bias", "y")),
+        ("S", ctypes.c_void_p),
+        ("scaling", ctypes.c_float),
+        ("tile", ctypes.c_int),
+        ("S_row_stride", ctypes.c_int64),
+        ("gate", ctypes.c_void_p),
+        ("gate_row_stride", ctypes.c_int64),
+        ("m", Matrix),
+    ]
+
+
+class LoraBackwardDx(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in "MKNr"),
+        *((name, Matrix) for name in ("dy", "weight", "lora_A", "dx")),
+        ("dS", ctypes.c_void_p),
+        ("dropout", Dropout),
+        ("tile", ctypes.c_int),
+        ("dS_row_stride", ctypes.c_int64),
+        ("gate", ctypes.c_void_p),
+        ("gate_row_stride", ctypes.c_int64),
+    ]
+
+
 class QuantizedWeight(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "absmax", "nested_absmax", "nested_code", "offset")),
@@ -66,3 +93,18 @@ def laid_out(t: Tensor, layout: str, transposed: bool = False) -> Tensor:
     if transposed:
         return laid_out(t.T, layout).T
     return empty(*t.shape, t.dtype, layout).copy_(t)
+
+
+def strides(t: Tensor | None) -> tuple[int | None, int]:
+    """Address and row stride of a matrix, of one row for all, or of none."""
+    if t is None:
+        return None, 0
+    return t.data_ptr(), t.stride(0) if t.dim() == 2 else 0
+
+
+def call(run: Run, op: str, *arguments: ctypes.Structure | ctypes.Array | int) -> None:
+    """lora_ops_<op>(pointers to the structs, counts as they are, stream)."""
+    run.library.lora_ops_last_error.restype = ctypes.c_char_p
+    passed = [a if isinstance(a, int) else ctypes.byref(a) for a in arguments]
+    if getattr(run.library, f"lora_ops_{op}")(*passed, None):
+        raise RuntimeError(run.library.lora_ops_last_error().decode())

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import torch
 from compare import BF16, F16, F32, Dtypes
+from cuda_structs import Dropout as DropoutStruct
 from torch import Tensor
 
 from lora_ops import reference
 
 DTYPES = [Dtypes(BF16, BF16), Dtypes(BF16, F32), Dtypes(F16, F16), Dtypes(F16, F32)]
-_CODES = {F32: 0, BF16: 1, F16: 2}
+CODES = {F32: 0, BF16: 1, F16: 2}
 
 
 @dataclass(frozen=True)
@@ -37,23 +38,19 @@ def products(dtypes: Dtypes) -> int:
     return 3 if dtypes.x == BF16 else 5
 
 
-class _Dropout(ctypes.Structure):
-    _fields_ = [("seed", ctypes.c_void_p), ("threshold", ctypes.c_uint32), ("keep_scale", ctypes.c_float)]
-
-
 def _struct(name: str, **fields: type) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
 _size, _address, _dtype, _count, _float = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_float
 
-_LoraDown = _struct(
+LoraDown = _struct(
     "LoraDown", M=_size, K=_size, r=_size, x=_address, x_row_stride=_size, x_dtype=_dtype, lora_A=_address,
-    adapter_dtype=_dtype, dropout=_Dropout, S=_address, workspace=_address, sm_count=_count,
+    adapter_dtype=_dtype, dropout=DropoutStruct, S=_address, workspace=_address, sm_count=_count,
 )  # fmt: skip
 _LoraBackwardDown = _struct(
     "LoraBackwardDown", M=_size, K=_size, r=_size, dS=_address, x=_address, x_row_stride=_size, x_dtype=_dtype,
-    dropout=_Dropout, dA=_address, adapter_dtype=_dtype, workspace=_address, sm_count=_count,
+    dropout=DropoutStruct, dA=_address, adapter_dtype=_dtype, workspace=_address, sm_count=_count,
 )  # fmt: skip
 _LoraBackwardUp = _struct(
     "LoraBackwardUp", M=_size, N=_size, r=_size, dy=_address, dy_row_stride=_size, dy_dtype=_dtype, lora_B=_address,
@@ -76,21 +73,21 @@ def _launch(library: ctypes.CDLL, op: str, params: ctypes.Structure) -> None:
     assert not failed, library.lora_ops_last_error().decode()
 
 
-def _device_dropout(dropout: Dropout | None) -> tuple[_Dropout, Tensor | None]:
+def device_dropout(dropout: Dropout | None) -> tuple[DropoutStruct, Tensor | None]:
     """And the seed's tensor, which is to be kept until the launch."""
     if dropout is None:
-        return _Dropout(None, 0, 1.0), None
+        return DropoutStruct(None, 0, 1.0), None
     seed = torch.tensor([dropout.seed])
-    return _Dropout(seed.data_ptr(), reference.dropout_threshold(dropout.p), 1 / (1 - dropout.p)), seed
+    return DropoutStruct(seed.data_ptr(), reference.dropout_threshold(dropout.p), 1 / (1 - dropout.p)), seed
 
 
 def lora_down(library: ctypes.CDLL, x: Tensor, lora_A: Tensor, *, dropout: Dropout | None = None, sm_count: int = 1) -> Tensor:
     """S (M, r)."""
     (M, K), r = x.shape, lora_A.shape[0]
     S = torch.empty(M, r, dtype=F32)
-    drop, seed = _device_dropout(dropout)
-    _launch(library, "lora_down", _LoraDown(
-        M, K, r, x.data_ptr(), x.stride(0), _CODES[x.dtype], lora_A.data_ptr(), _CODES[lora_A.dtype], drop, S.data_ptr(),
+    drop, seed = device_dropout(dropout)
+    _launch(library, "lora_down", LoraDown(
+        M, K, r, x.data_ptr(), x.stride(0), CODES[x.dtype], lora_A.data_ptr(), CODES[lora_A.dtype], drop, S.data_ptr(),
         None, sm_count,
     ))  # fmt: skip
     del seed
@@ -109,9 +106,9 @@ def lora_backward_down(
     """dA (r, K) in dtype."""
     (M, K), r = x.shape, dS.shape[1]
     dA = torch.empty(r, K, dtype=dtype)
-    drop, seed = _device_dropout(dropout)
+    drop, seed = device_dropout(dropout)
     _launch(library, "lora_backward_down", _LoraBackwardDown(
-        M, K, r, dS.data_ptr(), x.data_ptr(), x.stride(0), _CODES[x.dtype], drop, dA.data_ptr(), _CODES[dtype], None, sm_count,
+        M, K, r, dS.data_ptr(), x.data_ptr(), x.stride(0), CODES[x.dtype], drop, dA.data_ptr(), CODES[dtype], None, sm_count,
     ))  # fmt: skip
     del seed
     return dA
@@ -134,9 +131,9 @@ def lora_backward_up(
     shapes = {"dS": ((M, r), F32), "dB": ((N, r), lora_B.dtype), "dbias": ((N,), dbias_dtype)}
     out = {name: torch.empty(shapes[name][0], dtype=shapes[name][1]) for name in wanted}
     _launch(library, "lora_backward_up", _LoraBackwardUp(
-        M, N, r, dy.data_ptr(), dy.stride(0), _CODES[dy.dtype], lora_B.data_ptr() if "dS" in wanted else None,
-        S.data_ptr() if "dB" in wanted else None, _CODES[lora_B.dtype], scaling, _pointer(out.get("dS")),
-        _pointer(out.get("dB")), _pointer(out.get("dbias")), _CODES[dbias_dtype], None, sm_count,
+        M, N, r, dy.data_ptr(), dy.stride(0), CODES[dy.dtype], lora_B.data_ptr() if "dS" in wanted else None,
+        S.data_ptr() if "dB" in wanted else None, CODES[lora_B.dtype], scaling, _pointer(out.get("dS")),
+        _pointer(out.get("dB")), _pointer(out.get("dbias")), CODES[dbias_dtype], None, sm_count,
     ))  # fmt: skip
     return out
 

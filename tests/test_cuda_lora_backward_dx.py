@@ -1,13 +1,12 @@
 """dx = dy W0 + drop'(dS A) on a device, against fp64 and by compare.py's policy."""
 
-import ctypes
 import itertools
 
 import pytest
 import torch
 from compare import BF16, F16, F32, Case, Dtypes, assert_within_bound, eager_lora, error, make_case, oracle
 from compare import run as run_case
-from cuda_structs import LAYOUTS, TILES, Dropout, Matrix, empty, laid_out, matrix
+from cuda_structs import LAYOUTS, TILES, Dropout, LoraBackwardDx, call, empty, laid_out, matrix
 from ptx.device import Device, Run
 from torch import Tensor
 
@@ -18,16 +17,6 @@ pytestmark = pytest.mark.cuda
 DTYPES = [Dtypes(t, a) for t in (BF16, F16) for a in (t, F32)]
 # (M, K, N, r): within a tile, one tile, beyond it in every direction
 SHAPES = [(1, 8, 8, 1), (64, 128, 128, 3), (130, 136, 72, 20)]
-
-
-class LoraBackwardDx(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in "MKNr"),
-        *((name, Matrix) for name in ("dy", "weight", "lora_A", "dx")),
-        ("dS", ctypes.c_void_p),
-        ("dropout", Dropout),
-        ("tile", ctypes.c_int),
-    ]
 
 
 def down(case: Case) -> Tensor:
@@ -60,9 +49,7 @@ def launch(
             run.register(t, readonly=True)
     matrices = map(matrix, (dy, weight, lora_A, dx))
     params = LoraBackwardDx(M, K, N, r, *matrices, dS.data_ptr(), dropout, TILES[tile])
-    run.library.lora_ops_last_error.restype = ctypes.c_char_p
-    if run.library.lora_ops_lora_backward_dx(ctypes.byref(params), None):
-        raise RuntimeError(run.library.lora_ops_last_error().decode())
+    call(run, "lora_backward_dx", params)
     return dx
 
 

@@ -1,13 +1,12 @@
 """y = x W0ᵀ + scaling · S Bᵀ + bias on a device, against fp64 and by compare.py's policy."""
 
-import ctypes
 import itertools
 
 import pytest
 import torch
 from compare import BF16, F16, F32, Case, Dtypes, assert_within_bound, eager_lora, error, make_case, oracle
 from compare import run as run_case
-from cuda_structs import LAYOUTS, TILES, Matrix, empty, laid_out, matrix
+from cuda_structs import LAYOUTS, TILES, LoraForward, call, empty, laid_out, matrix
 from ptx.device import Device, Run
 from torch import Tensor
 
@@ -18,16 +17,6 @@ pytestmark = pytest.mark.cuda
 DTYPES = [Dtypes(t, a) for t in (BF16, F16) for a in (t, F32)]
 # (M, K, N, r): within a tile, one tile, beyond it in every direction
 SHAPES = [(1, 8, 8, 1), (64, 128, 128, 3), (130, 72, 136, 20)]
-
-
-class LoraForward(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in "MKNr"),
-        *((name, Matrix) for name in ("x", "weight", "lora_B", "bias", "y")),
-        ("S", ctypes.c_void_p),
-        ("scaling", ctypes.c_float),
-        ("tile", ctypes.c_int),
-    ]
 
 
 def down(case: Case) -> Tensor:
@@ -63,9 +52,7 @@ def launch(
             run.register(t, readonly=True)
     matrices = map(matrix, (x, weight, lora_B, bias, y))
     params = LoraForward(M, K, N, r, *matrices, S.data_ptr(), case.scaling, TILES[tile])
-    run.library.lora_ops_last_error.restype = ctypes.c_char_p
-    if run.library.lora_ops_lora_forward(ctypes.byref(params), None):
-        raise RuntimeError(run.library.lora_ops_last_error().decode())
+    call(run, "lora_forward", params)
     return y
 
 

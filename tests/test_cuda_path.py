@@ -121,14 +121,27 @@ def test_a_path_that_fails_is_not_taken(tmp_path):
 
 
 def test_two_threads_time_once():
-    clock, entered, paths = Clock(1, 2), threading.Barrier(2), []
+    """The second comes while the first is timing, and is told to wait by nobody but the lock."""
+    clock, paths, timing, second_is_here = Clock(1, 2), [], threading.Event(), threading.Event()
     choices = Choices(clock, "a GPU", None)
 
-    def thread():
-        entered.wait()
-        paths.append(choices.choose("k", 64, run))
+    def slowly(which):
+        timing.set()
+        second_is_here.wait(timeout=0.2)  # nobody comes in where there is a lock
+        return which
 
-    threads = [threading.Thread(target=thread) for _ in range(2)]
+    def first():
+        paths.append(choices.choose("k", 64, slowly))
+
+    def second():
+        def run_too(which):
+            second_is_here.set()
+            return which
+
+        timing.wait()
+        paths.append(choices.choose("k", 64, run_too))
+
+    threads = [threading.Thread(target=target) for target in (first, second)]
     for t in threads:
         t.start()
     for t in threads:

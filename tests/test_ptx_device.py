@@ -89,3 +89,34 @@ def test_launches_that_a_device_refuses(
         x, sums = torch.randn(5, 128), torch.empty(5)
         got = run.library.self_test_sum(pointer(x), pointer(sums), blocks, threads, shared_bytes, opt_in)
     assert got == error
+
+
+def test_what_a_launch_moves(self_test: Device) -> None:
+    """x in two halves of one storage, each read by a launch of its own; y by both."""
+    with self_test.run() as run:
+        x, y = torch.randn(200), torch.randn(100)
+        for half in (x[:100], x[100:]):
+            run.library.self_test_saxpy(ctypes.byref(Saxpy(half.data_ptr(), y.data_ptr(), 2.5, 100)), None)
+        values, sums = torch.randn(5, 128), torch.empty(5)
+        run.library.self_test_sum(pointer(values), pointer(sums), 5, 128, 512, 0)
+    assert [(launch.grid, launch.block, launch.shared_bytes) for launch in run.launches] == [
+        ((1, 1, 1), (128, 1, 1), 0),
+        ((1, 1, 1), (128, 1, 1), 0),
+        ((5, 1, 1), (128, 1, 1), 512),
+    ]
+    assert "sum_kernel" in run.launches[2].entry
+    assert run.traffic(x) == (800, 0, 800, 0)
+    assert run.traffic(y, "saxpy") == (800, 800, 800, 800)
+    assert run.traffic(y, "sum") == (0, 0, 0, 0)
+    everything = run.traffic()
+    assert everything.read == 800 + 800 + values.nbytes and everything.written == 800 + sums.nbytes
+    assert everything.read + everything.written == run.counters.total("global_bytes")
+
+
+def test_what_is_read_again_is_distinct_once(self_test: Device) -> None:
+    """x and y are the same memory: read by two instructions. A second launch counts anew."""
+    with self_test.run() as run:
+        y = torch.randn(100)
+        for _ in range(2):
+            run.library.self_test_saxpy(ctypes.byref(Saxpy(y.data_ptr(), y.data_ptr(), 2.5, 100)), None)
+    assert run.traffic(y) == (2 * 800, 2 * 400, 2 * 400, 2 * 400)

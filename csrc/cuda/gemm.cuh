@@ -3,6 +3,8 @@
 //     out (M, columns) = in (M, depth) · weightᵀ + factor · drop'(left rightᵀ) + bias        forward: x, W0, S, B
 //                                                                                           dx:      dy, W0ᵀ, dS, Aᵀ
 //
+// where left may be gated, left ∘ gate, as it is loaded, and the sum scaled, out_scale ∘ (...) + bias, as it is stored.
+//
 // A block of four warps owns a tile of out, kept in fp32 accumulators from its first to its last summand, and rounds it once.
 //
 // The low-rank term comes first. It alone is scaled and masked, which in the accumulators costs no tile of its own, and its
@@ -174,13 +176,15 @@ __device__ __forceinline__ void multiply(Accumulators<TileT>& acc, const uint32_
 
 // --- out --------------------------------------------------------------------------------------------------------------
 
+// Of a vector (columns) in fp32 or T, if there is one.
 template <class T>
-__device__ __forceinline__ float bias_at(const Gemm& p, int column) {
-  if (p.bias == nullptr || column >= p.columns) return 0.f;
-  return p.bias_f32 ? static_cast<const float*>(p.bias)[column] : to_float(static_cast<const T*>(p.bias)[column]);
+__device__ __forceinline__ float at_column(const void* vector, bool f32, const Gemm& p, int column, float otherwise) {
+  if (vector == nullptr || column >= p.columns) return otherwise;
+  return f32 ? static_cast<const float*>(vector)[column] : to_float(static_cast<const T*>(vector)[column]);
 }
 
-// out = acc + bias, or out += acc + bias, through shared memory, so that global memory sees 16 neighbouring bytes per thread.
+// out = out_scale ∘ acc + bias, or out = out_scale ∘ (out + acc) + bias, through shared memory, so that global memory sees 16
+// neighbouring bytes per thread.
 template <class T, class TileT>
 __device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const Gemm& p, uint32_t shared, int row0,
                                           int column0) {
@@ -208,18 +212,23 @@ __device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const 
 #pragma unroll
   for (int j = 0; j < TileT::kMmasN; ++j) {
     const int column = place.column(j);
-    const float bias0 = bias_at<T>(p, column0 + column), bias1 = bias_at<T>(p, column0 + column + 1);
+    float scale[2], bias[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      scale[e] = at_column<T>(p.out_scale, p.out_scale_f32, p, column0 + column + e, 1.f);
+      bias[e] = at_column<T>(p.bias, p.bias_f32, p, column0 + column + e, 0.f);
+    }
 #pragma unroll
     for (int i = 0; i < 2 * TileT::kMmasM; ++i) {
       const uint32_t address =
           shared + swizzle<kRowBytes>(place.row(i / 2) + i % 2 * 8, column / kVectorElements) + column % kVectorElements * 2;
-      float first = acc[i / 2][j][i % 2 * 2] + bias0, second = acc[i / 2][j][i % 2 * 2 + 1] + bias1;
+      float first = acc[i / 2][j][i % 2 * 2], second = acc[i / 2][j][i % 2 * 2 + 1];
       if (p.accumulate) {
         const uint32_t pair = load_shared4(address);
         first += T::first(pair);
         second += T::second(pair);
       }
-      store_shared(address, T::pair(first, second));
+      store_shared(address, T::pair(scale[0] * first + bias[0], scale[1] * second + bias[1]));
     }
   }
   __syncthreads();
@@ -250,10 +259,21 @@ __device__ __forceinline__ int2 tile_of_block(int tiles_m, int tiles_n) {
   return {group * kGroup + in_group % height, in_group / height};
 }
 
+// acc += left rightᵀ
+template <class T, class TileT>
+__device__ __forceinline__ void add_low_rank(Accumulators<TileT>& acc, const Gemm& p, int row0, int column0) {
+  if (p.right_f32) {
+    multiply_low_rank<TileT, Bf16, float>(acc, p, AllRows{p.M}, row0, column0);
+  } else {
+    multiply_low_rank<TileT, T, T>(acc, p, AllRows{p.M}, row0, column0);
+  }
+}
+
 // `in` and `weight` are copies as above, or anything else whose start(stage) brings its next step's tile into shared memory,
-// by cp.async or by stores, and WeightT is what loads fragments of the weight from there.
-template <class T, class TileT, class WeightT, bool kDropout, class InCopies, class WeightCopies>
-__device__ __forceinline__ void gemm(const Gemm& p, int row0, int column0, int steps, InCopies in, WeightCopies weight) {
+// by cp.async or by stores, and WeightT is what loads fragments of the weight from there. P is Gemm, or a struct derived from it
+// with an add_low_rank of its own.
+template <class T, class TileT, class WeightT, bool kDropout, class P, class InCopies, class WeightCopies>
+__device__ __forceinline__ void gemm(const P& p, int row0, int column0, int steps, InCopies in, WeightCopies weight) {
   const uint32_t shared = shared_address(shared_memory());
   const auto start_copies = [&](uint32_t stage) {
     in.start(stage);
@@ -266,11 +286,7 @@ __device__ __forceinline__ void gemm(const Gemm& p, int row0, int column0, int s
   }
 
   Accumulators<TileT> acc = {};
-  if (p.right_f32) {
-    multiply_low_rank<TileT, Bf16, float>(acc, p, row0, column0);
-  } else {
-    multiply_low_rank<TileT, T, T>(acc, p, row0, column0);
-  }
+  add_low_rank<T, TileT>(acc, p, row0, column0);
   scale<TileT>(acc, p.factor);
   if constexpr (kDropout) {
     if (p.dropout.threshold > 0) drop<TileT>(acc, p.dropout, row0, column0);
@@ -309,17 +325,21 @@ __device__ __forceinline__ void gemm(const Gemm& p, int row0, int column0, int s
 }
 
 // kWeightRows: the weight is (columns, depth) in memory. kVector: in's and weight's rows are aligned to 16 bytes.
-template <class T, class TileT, bool kWeightRows, bool kVector, bool kDropout>
-__global__ void __launch_bounds__(kGemmThreads, 2) gemm_kernel(const __grid_constant__ Gemm p) {
+template <class T, class TileT, bool kWeightRows, bool kVector, bool kDropout, class P>
+__device__ __forceinline__ void gemm_tile(const P& p, int2 tile) {
   using InCopies = RowCopies<TileT::kRows, TileT::kDepth, kVector>;
   using WeightCopies = std::conditional_t<kWeightRows, RowCopies<TileT::kColumns, TileT::kDepth, kVector>,
                                           ColumnCopies<TileT::kColumns, TileT::kDepth, kVector>>;
-  const int2 tile = tile_of_block(p.tiles_m, p.tiles_n);
   const int row0 = tile.x * TileT::kRows, column0 = tile.y * TileT::kColumns;
   const int steps = p.accumulate ? 0 : (p.depth + TileT::kDepth - 1) / TileT::kDepth;
   gemm<T, TileT, WeightFragments<TileT, kWeightRows>, kDropout>(
       p, row0, column0, steps, InCopies(p.in, p.in_stride, row0, p.M, p.depth),
       WeightCopies(p.weight, p.weight_stride, column0, p.columns, p.depth));
+}
+
+template <class T, class TileT, bool kWeightRows, bool kVector, bool kDropout>
+__global__ void __launch_bounds__(kGemmThreads, 2) gemm_kernel(const __grid_constant__ Gemm p) {
+  gemm_tile<T, TileT, kWeightRows, kVector, kDropout>(p, tile_of_block(p.tiles_m, p.tiles_n));
 }
 
 }  // namespace lora_ops

@@ -16,49 +16,89 @@ inline bool aligned(const void* data, int64_t stride, int elements, DType dtype)
   return reinterpret_cast<uintptr_t>(data) % (elements * size_of(dtype)) == 0 && stride % elements == 0;
 }
 
-// Cuts out into tiles: the grid.
-template <class TileT>
-dim3 cut(const char* name, Gemm& p, const std::string& shapes) {
-  const int64_t tiles_m = (static_cast<int64_t>(p.M) + TileT::kRows - 1) / TileT::kRows;
-  const int64_t tiles_n = (static_cast<int64_t>(p.columns) + TileT::kColumns - 1) / TileT::kColumns;
+inline int64_t tiles_of(int64_t size, int tile) {
+  return (size + tile - 1) / tile;
+}
+
+// The grid of a kernel whose parameters hold how many tiles there are.
+template <class P>
+dim3 cut(const char* name, P& p, int64_t tiles_m, int64_t tiles_n, const std::string& shapes) {
   require(tiles_m * tiles_n <= INT_MAX && tiles_n <= INT_MAX / kGroup, name, "too many tiles", shapes);
   p.tiles_m = static_cast<int>(tiles_m);
   p.tiles_n = static_cast<int>(tiles_n);
   return dim3(static_cast<unsigned>(tiles_m * tiles_n));
+}
+template <class TileT>
+dim3 cut(const char* name, Gemm& p, const std::string& shapes) {
+  return cut(name, p, tiles_of(p.M, TileT::kRows), tiles_of(p.columns, TileT::kColumns), shapes);
 }
 
 inline Matrix transpose(const Matrix& m) {
   return {m.data, m.col_stride, m.row_stride, m.dtype};
 }
 
-template <class T, class TileT, bool kVector, bool kDropout>
-void launch_tile(const char* name, Gemm p, bool weight_rows, void* stream, const std::string& shapes) {
-  const dim3 grid = cut<TileT>(name, p, shapes);
-  const auto kernel =
-      weight_rows ? gemm_kernel<T, TileT, true, kVector, kDropout> : gemm_kernel<T, TileT, false, kVector, kDropout>;
-  launch(name, kernel, grid, kGemmThreads, TileT::kSharedBytes, stream, p, shapes);
+// A product as launchers have it: what its kernel takes, and what picks the instance.
+struct DenseGemm {
+  const char* name;
+  std::string shapes;
+  Gemm gemm;
+  DType dtype;
+  bool weight_rows;
+  GemmTile tile;
+};
+
+inline bool vectors(const Gemm& p) {
+  return p.accumulate || (aligned(p.in, p.in_stride, kVectorElements, DType::bf16) &&
+                          aligned(p.weight, p.weight_stride, kVectorElements, DType::bf16));
 }
 
-template <class T, bool kDropout>
-void launch_typed(const char* name, const Gemm& p, DType dtype, bool weight_rows, GemmTile tile, void* stream,
-                  const std::string& shapes) {
-  if (p.weight != nullptr &&
-      !(aligned(p.in, p.in_stride, kVectorElements, dtype) && aligned(p.weight, p.weight_stride, kVectorElements, dtype))) {
-    return launch_tile<T, MediumTile, false, kDropout>(name, p, weight_rows, stream, shapes);
+// Kernel::instance<T, TileT, kWeightRows, kVector>() is the kernel, and P what it takes.
+template <bool kDropout>
+struct GemmKernel {
+  template <class T, class TileT, bool kWeightRows, bool kVector>
+  static auto instance() {
+    return gemm_kernel<T, TileT, kWeightRows, kVector, kDropout>;
   }
+};
+
+template <class Kernel, class T, class TileT, bool kVector, class P>
+void launch_tile(const DenseGemm& op, P p, void* stream) {
+  const dim3 grid = cut<TileT>(op.name, p, op.shapes);
+  const auto kernel = op.weight_rows ? Kernel::template instance<T, TileT, true, kVector>()
+                                     : Kernel::template instance<T, TileT, false, kVector>();
+  launch(op.name, kernel, grid, kGemmThreads, TileT::kSharedBytes, stream, p, op.shapes);
+}
+
+template <class Kernel, class T, class P>
+void launch_typed(const DenseGemm& op, const P& p, int64_t columns, bool vector, void* stream) {
+  if (!vector) return launch_tile<Kernel, T, MediumTile, false>(op, p, stream);
+  GemmTile tile = op.tile;
   if (tile == GemmTile::automatic) {
-    const int64_t large = (static_cast<int64_t>(p.M) + LargeTile::kRows - 1) / LargeTile::kRows *
-                          ((static_cast<int64_t>(p.columns) + LargeTile::kColumns - 1) / LargeTile::kColumns);
-    tile = p.M <= SmallTile::kRows ? GemmTile::small : large < kBlocksToFill ? GemmTile::medium : GemmTile::large;
+    const int64_t M = op.gemm.M, large = tiles_of(M, LargeTile::kRows) * tiles_of(columns, LargeTile::kColumns);
+    tile = M <= SmallTile::kRows ? GemmTile::small : large < kBlocksToFill ? GemmTile::medium : GemmTile::large;
   }
   switch (tile) {
     case GemmTile::small:
-      return launch_tile<T, SmallTile, true, kDropout>(name, p, weight_rows, stream, shapes);
+      return launch_tile<Kernel, T, SmallTile, true>(op, p, stream);
     case GemmTile::medium:
-      return launch_tile<T, MediumTile, true, kDropout>(name, p, weight_rows, stream, shapes);
+      return launch_tile<Kernel, T, MediumTile, true>(op, p, stream);
     default:
-      return launch_tile<T, LargeTile, true, kDropout>(name, p, weight_rows, stream, shapes);
+      return launch_tile<Kernel, T, LargeTile, true>(op, p, stream);
   }
+}
+
+// `columns` of out altogether; `vector`: every row of every dense operand begins at a multiple of 16 bytes.
+template <class Kernel, class P>
+void launch_gemm(const DenseGemm& op, const P& p, int64_t columns, bool vector, void* stream) {
+  if (op.dtype == DType::bf16) {
+    launch_typed<Kernel, Bf16>(op, p, columns, vector, stream);
+  } else {
+    launch_typed<Kernel, Half>(op, p, columns, vector, stream);
+  }
+}
+template <class Kernel>
+void launch_gemm(const DenseGemm& op, void* stream) {
+  launch_gemm<Kernel>(op, op.gemm, op.gemm.columns, vectors(op.gemm), stream);
 }
 
 // What is said of every product: out (M, columns) = in (M, depth) · weightᵀ + factor · drop'(left rightᵀ) + bias, with right
@@ -79,6 +119,7 @@ inline Gemm describe(const char* name, int64_t M, int64_t columns, int64_t depth
   p.in = static_cast<const uint16_t*>(in.data);
   p.in_stride = in.row_stride;
   p.left = left;
+  p.left_stride = rank;
   p.left_vector = aligned(left, rank, 4, DType::f32);
   p.right = right.data;
   p.right_f32 = right.dtype == DType::f32;
@@ -95,24 +136,22 @@ inline Gemm describe(const char* name, int64_t M, int64_t columns, int64_t depth
   return p;
 }
 
-// With a dense weight (columns, depth), a view: one of its strides is 1. A null weight: out += the rest.
-template <bool kDropout>
-void launch_gemm(const char* name, int64_t M, int64_t columns, int64_t depth, int64_t rank, const Matrix& in,
-                 const Matrix& weight, const float* left, const Matrix& right, float factor, const Matrix& bias,
-                 const DeviceDropout& dropout, const Matrix& out, GemmTile tile, void* stream) {
-  const std::string sizes = shapes("M", M, "columns", columns, "depth", depth, "r", rank);
-  require(weight.data == nullptr || weight.dtype == out.dtype, name, "takes bf16 or fp16, and one of them", sizes);
-  require(weight.col_stride == 1 || weight.row_stride == 1, name, "the weight's rows or columns are contiguous", sizes);
-  Gemm p = describe(name, M, columns, depth, rank, in, left, right, factor, bias, dropout, out, sizes);
-  const bool weight_rows = weight.col_stride == 1;
-  p.weight = static_cast<const uint16_t*>(weight.data);
-  p.weight_stride = weight_rows ? weight.row_stride : weight.col_stride;
-  p.accumulate = weight.data == nullptr;
-  if (out.dtype == DType::bf16) {
-    launch_typed<Bf16, kDropout>(name, p, out.dtype, weight_rows, tile, stream, sizes);
-  } else {
-    launch_typed<Half, kDropout>(name, p, out.dtype, weight_rows, tile, stream, sizes);
-  }
+// left's rows left_stride elements apart (0: rank) instead, and gated by a gate (rank), or (M, rank) with a stride.
+inline void set_left(Gemm& p, int64_t left_stride, const float* gate, int64_t gate_stride) {
+  if (left_stride != 0) p.left_stride = left_stride;
+  p.left_vector = p.rank % 4 == 0 && aligned(p.left, p.left_stride, 4, DType::f32);
+  p.gate = gate;
+  p.gate_stride = gate_stride;
+}
+
+// The weight (columns, depth), a view: one of its strides is 1. Where it is null: out += the rest.
+inline void set_weight(DenseGemm& op, const Matrix& weight) {
+  require(weight.data == nullptr || weight.dtype == op.dtype, op.name, "takes bf16 or fp16, and one of them", op.shapes);
+  require(weight.col_stride == 1 || weight.row_stride == 1, op.name, "the weight's rows or columns are contiguous", op.shapes);
+  op.weight_rows = weight.col_stride == 1;
+  op.gemm.weight = static_cast<const uint16_t*>(weight.data);
+  op.gemm.weight_stride = op.weight_rows ? weight.row_stride : weight.col_stride;
+  op.gemm.accumulate = weight.data == nullptr;
 }
 
 }  // namespace lora_ops

@@ -1,17 +1,15 @@
-// dx = dy W0 + drop'(dS A)      (M, K) = (M, N) (N, K) + (M, r) (r, K)
+// dx = dy W0 + drop'((dS ∘ gate) A)      (M, K) = (M, N) (N, K) + (M, r) (r, K)
 //
 // gemm.cuh's kernel with dy as the dense operand and the transposes of the weight and of A: a weight (N, K) is read through
 // ldmatrix.trans, a transposed view (1, N) in rows. The mask is drawn again, over the accumulators of the low-rank product.
 #include "lora_backward_dx.h"
 
-#include "gemm_launch.cuh"
+#include "lora_gemm.cuh"
 
 namespace lora_ops {
 
 void launch_lora_backward_dx(const CudaLoraBackwardDx& p, void* stream) {
-  const float keep_scale = p.dropout.threshold > 0 ? p.dropout.keep_scale : 1.f;
-  launch_gemm<true>("lora_backward_dx", p.M, p.K, p.N, p.r, p.dy, transpose(p.weight), p.dS, transpose(p.lora_A), keep_scale,
-                    {}, p.dropout, p.dx, p.tile, stream);
+  launch_gemm<GemmKernel<true>>(gemm_of("lora_backward_dx", p), stream);
 }
 
 }  // namespace lora_ops

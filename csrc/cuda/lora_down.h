@@ -1,6 +1,7 @@
 // S = drop(x) Aᵀ
 #pragma once
 
+#include "segments.h"
 #include "skinny.h"
 
 namespace lora_ops {
@@ -20,5 +21,9 @@ struct LoraDown {
 
 int64_t workspace_bytes(const LoraDown& op);
 void launch_lora_down(const LoraDown& op, void* stream);
+
+// With the segments' lora_A instead of lora_A: r is S's columns, at least the largest rank.
+int64_t workspace_bytes(const LoraDown& op, const Segments& segments);
+void launch_lora_down_segments(const LoraDown& op, const Segments& segments, void* stream);
 
 }  // namespace lora_ops

@@ -1,16 +1,15 @@
-// y = x W0ᵀ + scaling · S Bᵀ + bias      (M, N) = (M, K) (K, N) + (M, r) (r, N)
+// y = m ∘ (x W0ᵀ + scaling · (S ∘ gate) Bᵀ) + bias      (M, N) = (M, K) (K, N) + (M, r) (r, N)
 //
 // gemm.cuh's kernel with x as the dense operand. A weight (N, K) is read in rows, a transposed view (1, N) through
 // ldmatrix.trans. scaling multiplies the fp32 accumulators: neither S nor B is rounded with it.
 #include "lora_forward.h"
 
-#include "gemm_launch.cuh"
+#include "lora_gemm.cuh"
 
 namespace lora_ops {
 
 void launch_lora_forward(const CudaLoraForward& p, void* stream) {
-  launch_gemm<false>("lora_forward", p.M, p.N, p.K, p.r, p.x, p.weight, p.S, p.lora_B, p.scaling, p.bias, {}, p.y, p.tile,
-                     stream);
+  launch_gemm<GemmKernel<false>>(gemm_of("lora_forward", p), stream);
 }
 
 }  // namespace lora_ops

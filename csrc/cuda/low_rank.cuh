@@ -1,6 +1,6 @@
-// The tile of a GEMM's output, and the low-rank product in its accumulators: acc = factor · drop'(left rightᵀ).
+// The tile of a GEMM's output, and the low-rank product in its accumulators: acc = factor · drop'((left ∘ gate) rightᵀ).
 //
-//     left (M, r) fp32: S or dS          right (columns, r): B, or A's transpose
+//     left (M, r) fp32: S or dS          right (columns, r): B, or A's transpose          gate (r) or (M, r) fp32, or none
 //
 // fp32 operands of both sides enter the tensor cores as two bf16 parts each, hi · hi + hi · lo + lo · hi: fp32's range, and 16
 // bits. Where the adapters are 16-bit, right is one part as it is and left is rounded to one, which is what eager does.
@@ -36,13 +36,14 @@ using LargeTile = Tile<128, 128, 32, 2, 3>;
 using MediumTile = Tile<64, 64, 64, 2, 3>;
 using SmallTile = Tile<32, 64, 64, 1, 4>;
 
-// out (M, columns) = in (M, depth) weightᵀ + factor · drop'(left (M, rank) right (columns, rank)ᵀ) + bias
+// out (M, columns) = out_scale ∘ (in (M, depth) weightᵀ + factor · drop'((left ∘ gate) (M, rank) right (columns, rank)ᵀ)) +
+// bias
 struct Gemm {
   int M, columns, depth, rank;
   int tiles_m, tiles_n;
   const uint16_t* in;      // (M, depth), rows in_stride apart
   const uint16_t* weight;  // (columns, depth) or (depth, columns), rows weight_stride apart
-  const float* left;       // (M, rank)
+  const float* left;       // (M, rank), rows left_stride apart
   const void* right;       // (columns, rank) of any strides, fp32 or T
   const void* bias;        // (columns), fp32 or T, or null
   uint16_t* out;           // (M, columns), rows out_stride apart
@@ -53,6 +54,11 @@ struct Gemm {
   bool accumulate;  // out already holds in weightᵀ, and both are absent
   bool right_f32, bias_f32;
   bool left_vector, right_vector, out_vector;  // four neighbouring ranks, or eight columns, are one aligned load or store
+  int64_t left_stride;
+  const float* gate;      // (M, rank), rows gate_stride apart, or null
+  int64_t gate_stride;    // 0: one gate for all rows
+  const void* out_scale;  // (columns), fp32 or T, or null
+  bool out_scale_f32;
 };
 
 template <class TileT>
@@ -90,11 +96,18 @@ __device__ __forceinline__ void load_ranks_vector(float (&v)[4], const T* p, int
   v[0] = T::first(u.x), v[1] = T::second(u.x), v[2] = T::first(u.y), v[3] = T::second(u.y);
 }
 
-// acc = left rightᵀ with Part the type of the parts of which an operand has one (V = Part) or two (V = float).
+// Which rows of left there are, and what becomes of them: here, rows beyond the last repeat it.
+struct AllRows {
+  int rows;
+  __device__ __forceinline__ int existing(int row) const { return min(row, rows - 1); }
+  __device__ __forceinline__ void weigh(float (&)[4], int) const {}
+};
+
+// acc += (left ∘ gate) rightᵀ with Part the type of the parts of which an operand has one (V = Part) or two (V = float).
 //
 // An mma's 16 depths may be any 16 ranks in any order as long as A and B agree: a thread's are four neighbours, one load.
-template <class TileT, class Part, class V>
-__device__ __forceinline__ void multiply_low_rank(Accumulators<TileT>& acc, const Gemm& p, int row0, int column0) {
+template <class TileT, class Part, class V, class Rows>
+__device__ __forceinline__ void multiply_low_rank(Accumulators<TileT>& acc, const Gemm& p, Rows rows, int row0, int column0) {
   constexpr bool kTwoParts = sizeof(V) == 4;
   constexpr int kM = TileT::kMmasM, kN = TileT::kMmasN;
   constexpr int kTogether = kN < 4 ? kN : 4;  // columns whose loads are under way together; more cost registers
@@ -105,9 +118,8 @@ __device__ __forceinline__ void multiply_low_rank(Accumulators<TileT>& acc, cons
     const int rank = rank0 + place.lane % 4 * 4;
     const int left_over = p.rank - rank;
     const int row_of_tile = recomputed(row0), column_of_tile = recomputed(column0);
-    const auto a_at = [&](int i) {
-      return p.left + static_cast<int64_t>(min(row_of_tile + place.row(i / 2) + i % 2 * 8, p.M - 1)) * p.rank + rank;
-    };
+    const auto row_at = [&](int i) { return row_of_tile + place.row(i / 2) + i % 2 * 8; };
+    const auto a_at = [&](int i) { return p.left + rows.existing(row_at(i)) * p.left_stride + rank; };
     const auto b_at = [&](int j) {
       const int column = min(column_of_tile + place.warp_column + TileT::column(j) + fragment_row(place.lane), p.columns - 1);
       return right + column * p.right_column_stride + rank * p.right_rank_stride;
@@ -120,6 +132,17 @@ __device__ __forceinline__ void multiply_low_rank(Accumulators<TileT>& acc, cons
 #pragma unroll
       for (int i = 0; i < 2 * kM; ++i) load_ranks(a[i], a_at(i), 1, left_over);
     }
+    if (p.gate != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 2 * kM; ++i) {
+        float gate[4];
+        load_ranks(gate, p.gate + rows.existing(row_at(i)) * p.gate_stride + rank, 1, left_over);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) a[i][e] *= gate[e];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kM; ++i) rows.weigh(a[i], row_at(i));
     uint32_t a_hi[kM][4], a_lo[kM][4];
 #pragma unroll
     for (int i = 0; i < kM; ++i) {

@@ -16,4 +16,6 @@ struct DeviceDropout {
 // `medium`.
 enum class GemmTile : int { automatic = 0, small = 1, medium = 2, large = 3 };
 
+constexpr int kMaxGroup = 4;  // layers of one launch: query, key and value; gate and up
+
 }  // namespace lora_ops

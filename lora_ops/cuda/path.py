@@ -24,15 +24,16 @@ from torch import Tensor
 from .._version import __version__
 
 PATHS = ("fused", "split")
+VARIABLE = "LORA_OPS_CUDA_PATH"
 _FORMAT = 1
 _FEW_ROWS = 64  # up to here, reading W0 is what takes time, and one kernel less is one launch less
 
 
 def forced() -> str | None:
     """What LORA_OPS_CUDA_PATH says; None for auto."""
-    choice = os.environ.get("LORA_OPS_CUDA_PATH", "auto")
+    choice = os.environ.get(VARIABLE, "auto")
     if choice not in (*PATHS, "auto"):
-        raise ValueError(f'LORA_OPS_CUDA_PATH is "{choice}"; it may be fused, split or auto')
+        raise ValueError(f'{VARIABLE} is "{choice}"; it may be fused, split or auto')
     return None if choice == "auto" else choice
 
 

@@ -140,6 +140,14 @@ void Machine::explain_global(Buffer& buffer, size_t granule, int lane, GlobalSta
          block == kSeveralBlocks ? -1LL : block - 1LL, thread >= kWarpReaders ? -1LL : static_cast<long long>(thread));
 }
 
+void Machine::count_global(const Instruction& in, const uint64_t* address, uint32_t good, int bytes, Access access) {
+  Counts& counts = count(in);
+  const uint64_t before = counts.global_bytes;
+  count_sectors(counts, address, good, bytes);
+  if (counts.buffer == nullptr) return;
+  (access == Access::kRead ? counts.buffer->read : counts.buffer->written) += counts.global_bytes - before;
+}
+
 void Machine::begin_copy(const PendingCopy& copy) {
   std::memset(&shared.data[copy.shared], 0xff, copy.bytes);
   for (uint32_t at = 0; at < copy.bytes; at += shared.granule) shared.writers[(copy.shared + at) / shared.granule] = kInFlight;

@@ -38,6 +38,22 @@ class Counter(NamedTuple):
     global_bytes: int
 
 
+class Launch(NamedTuple):
+    entry: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int  # static and dynamic
+
+
+class Traffic(NamedTuple):
+    """Bytes that launches moved of one buffer or of several."""
+
+    read: int  # by every access, as if there were no cache
+    written: int
+    distinct_read: int  # at least once in a launch: no cache saves that
+    distinct_written: int
+
+
 class Counters(list[Counter]):
     def matching(self, opcode: str = "", entry: str = "") -> "Counters":
         """The instructions whose opcode starts with `opcode`, in the kernels whose mangled name contains `entry`."""
@@ -101,6 +117,19 @@ class Run:
     @property
     def reports(self) -> list[str]:
         return self.library.ptx_reports().decode().splitlines()
+
+    @property
+    def launches(self) -> list[Launch]:
+        rows = (line.split("\t") for line in self.library.ptx_launches().decode().splitlines())
+        numbers = ((row[0], tuple(map(int, row[1:]))) for row in rows)
+        return [Launch(entry, n[:3], n[3:6], n[6]) for entry, n in numbers]
+
+    def traffic(self, tensor: torch.Tensor | None = None, entry: str = "") -> Traffic:
+        """Of the tensor's storage, or of all memory, by the kernels whose mangled name contains `entry`."""
+        address = None if tensor is None else str(tensor.untyped_storage().data_ptr())
+        rows = (line.split("\t") for line in self.library.ptx_traffic().decode().splitlines())
+        moved = [map(int, row[2:]) for row in rows if entry in row[0] and address in (None, row[1])]
+        return Traffic(*map(sum, zip((0,) * 4, *moved, strict=True)))
 
     @property
     def counters(self) -> Counters:
@@ -167,8 +196,8 @@ class Device:
     def _library(self, arch: int) -> ctypes.CDLL:
         if arch not in self._libraries:
             library = ctypes.CDLL(str(self.library_path(arch)))
-            for function in (library.ptx_error, library.ptx_reports, library.ptx_counters):
-                function.restype = ctypes.c_char_p
+            for name in ("error", "reports", "counters", "launches", "traffic"):
+                getattr(library, f"ptx_{name}").restype = ctypes.c_char_p
             library.ptx_register_buffer.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
             library.ptx_initialise.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
             self._libraries[arch] = library

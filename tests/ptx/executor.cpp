@@ -35,7 +35,7 @@ struct Device {
   int architecture = 80;
   bool reverse = false;
   uint64_t launches = 0;
-  std::string error, reports_text, counters_text;
+  std::string error, reports_text, counters_text, launches_text, traffic_text;
 
   Loaded& find(const std::string& entry) {
     for (auto& [name, module] : modules) {
@@ -47,6 +47,22 @@ struct Device {
       return module->kernels.emplace(entry, std::move(fresh)).first->second;
     }
     fail("no module has the entry " + entry);
+  }
+
+  void record(const std::string& entry, const Geometry& geometry, uint32_t static_shared_bytes) {
+    launches_text += entry;
+    for (const uint32_t n : geometry.grid) launches_text += "\t" + std::to_string(n);
+    for (const uint32_t n : geometry.block) launches_text += "\t" + std::to_string(n);
+    launches_text += "\t" + std::to_string(static_shared_bytes + geometry.dynamic_shared_bytes) + "\n";
+    for (const auto& [address, buffer] : memory.buffers()) {
+      if (buffer.launch != launches) continue;
+      traffic_text += entry;
+      for (const uint64_t n : {address, buffer.read, buffer.written, buffer.distinct(buffer.readers),
+                               buffer.distinct(buffer.writers)}) {
+        traffic_text += "\t" + std::to_string(n);
+      }
+      traffic_text += "\n";
+    }
   }
 
   void add_variables(Module& module) {
@@ -94,6 +110,7 @@ void launch(const std::string& entry, const Geometry& geometry, const void* cons
     std::memcpy(&parameters[p.offset], arguments[i], p.bytes);
   }
   Machine(loaded.kernel, geometry, parameters.data(), d.memory, d.reports, loaded.counts, ++d.launches, d.reverse).run();
+  d.record(entry, geometry, loaded.kernel.static_shared_bytes);
 }
 
 void report(const std::string& kind, const std::string& message) {
@@ -137,6 +154,8 @@ void ptx_set_reverse_order(int reverse) {
 void ptx_reset() {
   device().memory.clear();
   device().reports.clear();
+  device().launches_text.clear();
+  device().traffic_text.clear();
   for (auto& [name, module] : device().modules) {
     device().add_variables(*module);
     for (auto& [entry, loaded] : module->kernels) loaded.counts.assign(loaded.counts.size(), {});
@@ -153,6 +172,14 @@ int ptx_launch(const char* entry, const uint32_t grid[3], const uint32_t block[3
 const char* ptx_reports() {
   device().reports_text = device().reports.text();
   return device().reports_text.c_str();
+}
+
+const char* ptx_launches() {
+  return device().launches_text.c_str();
+}
+
+const char* ptx_traffic() {
+  return device().traffic_text.c_str();
 }
 
 const char* ptx_counters() {

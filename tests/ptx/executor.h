@@ -62,4 +62,9 @@ const char* ptx_reports();
 // One line per instruction that ran, tab-separated:
 // entry, PTX line, .cu file:line, opcode, executions, wavefronts, ideal wavefronts, sectors, ideal sectors, global bytes.
 const char* ptx_counters();
+// One line per launch, tab-separated: entry, grid x, y, z, block x, y, z, bytes of shared memory, static and dynamic.
+const char* ptx_launches();
+// One line per launch and buffer that it touched, tab-separated: entry, address of the buffer, bytes read and bytes written by
+// all accesses, bytes read and bytes written at least once.
+const char* ptx_traffic();
 }

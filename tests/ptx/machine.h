@@ -64,6 +64,8 @@ class Machine {
   uint32_t check_global(const uint64_t* address, uint32_t active, int bytes, Access access);
   bool check_shared(uint64_t address, int lane, int bytes, Access access);
   bool check_global(uint64_t address, int lane, int bytes, Access access);
+  // Sectors of a checked access, and the bytes that it moves of its buffer: that of its last lane, as of all others.
+  void count_global(const Instruction& in, const uint64_t* address, uint32_t good, int bytes, Access access);
   void begin_copy(const PendingCopy& copy);
   void wait_copies(uint32_t active, uint32_t pending_groups);
 

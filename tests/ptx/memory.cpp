@@ -7,10 +7,16 @@ namespace ptx {
 void Buffer::begin_launch(uint64_t launch_number, uint32_t granule_bytes) {
   if (launch == launch_number) return;
   launch = launch_number;
+  read = written = 0;
   granule = granule_bytes;
   const size_t granules = bytes / granule + 1;
   writers.assign(granules, kNever);
   readers.assign(granules, kNever);
+}
+
+uint64_t Buffer::distinct(const std::vector<GlobalStamp>& stamps) const {
+  const uint64_t granules = stamps.size() - std::count(stamps.begin(), stamps.end(), GlobalStamp{kNever});
+  return std::min(granules * granule, bytes);
 }
 
 void GlobalMemory::add(void* data, uint64_t bytes, bool readonly, bool initialised) {

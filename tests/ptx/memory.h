@@ -15,12 +15,15 @@ struct Buffer {
   bool readonly = false;
   std::vector<uint8_t> initialised;  // per byte, 0 or 1
 
-  // Stamps of the present launch, per granule.
+  // Of the last launch that touched it: bytes that its accesses moved, as if there were no cache; and stamps per granule.
   uint64_t launch = 0;
+  uint64_t read = 0, written = 0;
   uint32_t granule = 0;
   std::vector<GlobalStamp> writers, readers;
 
   void begin_launch(uint64_t launch_number, uint32_t granule_bytes);
+  // Bytes that have a stamp: read or written at least once.
+  uint64_t distinct(const std::vector<GlobalStamp>& stamps) const;
 };
 
 class GlobalMemory {
@@ -29,6 +32,7 @@ class GlobalMemory {
   void initialise(const void* data, uint64_t bytes);
   // The buffer that the address lies in, or the one nearest below it, or null.
   Buffer* find(uint64_t address);
+  const std::map<uint64_t, Buffer>& buffers() const { return buffers_; }
   void clear() { buffers_.clear(); }
 
  private:

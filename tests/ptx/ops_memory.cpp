@@ -41,7 +41,7 @@ uint32_t check(Machine& m, const Instruction& in, const uint64_t* address, uint3
       return m.check_global(address, active, bytes, access);
     default: {
       const uint32_t good = m.check_global(address, active, bytes, access);
-      count_sectors(m.count(in), address, good, bytes);
+      m.count_global(in, address, good, bytes, access);
       return good;
     }
   }

@@ -38,7 +38,7 @@ void execute_copy(Machine& m, const Instruction& in, uint32_t active) {
     m.begin_copy({lane, m.warp->copy_group[lane], at, from[lane], bytes, source_bytes});
   });
   count_wavefronts(m.count(in), shared, good, static_cast<int>(bytes));
-  count_sectors(m.count(in), from, reading, static_cast<int>(bytes));
+  m.count_global(in, from, reading, static_cast<int>(bytes), Access::kRead);
 }
 
 void execute_commit(Machine& m, const Instruction&, uint32_t active) {
