@@ -32,16 +32,13 @@ def launch(
     layout: str = "plain",
     transposed: bool = False,
     base: Tensor | None = None,
-    layout_out: str | None = None,
-    adapter_transposed: bool = False,
 ) -> Tensor:
-    """With `base`, dx holds it and the weight is absent. `layout_out`: of dx and lora_A."""
+    """With `base`, dx holds it and the weight is absent."""
     (M, K), N, r, p = case.x.shape, case.weight.shape[0], case.lora_A.shape[0], case.dropout_p
-    layout_out = layout_out or layout
-    dx = empty(M, K, case.dy.dtype, layout_out) if base is None else laid_out(base, layout_out)
+    dx = empty(M, K, case.dy.dtype, layout) if base is None else laid_out(base, layout)
     dy = None if base is not None else laid_out(case.dy, layout)
     weight = None if base is not None else laid_out(case.weight, layout, transposed)
-    lora_A, dS = laid_out(case.lora_A, layout_out, adapter_transposed), dS.clone()
+    lora_A, dS = laid_out(case.lora_A, layout), dS.clone()
     seed = None if case.seed is None else case.seed.clone()
     dropout = Dropout(None, 0, 1.0) if seed is None else Dropout(seed.data_ptr(), reference.dropout_threshold(p), 1 / (1 - p))
     for t in (dy, weight, lora_A, dS, seed):

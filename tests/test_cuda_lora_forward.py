@@ -33,17 +33,14 @@ def launch(
     layout: str = "plain",
     transposed: bool = False,
     base: Tensor | None = None,
-    layout_out: str | None = None,
-    adapter_transposed: bool = False,
 ) -> Tensor:
-    """With `base`, y holds it and the weight is absent. The bias goes in as the adapters' dtype. `layout_out`: of y and lora_B."""
+    """With `base`, y holds it and the weight is absent. The bias goes in as the adapters' dtype."""
     (M, K), N, r = case.x.shape, case.weight.shape[0], case.lora_A.shape[0]
-    layout_out = layout_out or layout
-    y = empty(M, N, case.x.dtype, layout_out) if base is None else laid_out(base, layout_out)
+    y = empty(M, N, case.x.dtype, layout) if base is None else laid_out(base, layout)
     x = None if base is not None else laid_out(case.x, layout)
     weight = None if base is not None else laid_out(case.weight, layout, transposed)
     lora_B, bias, S = (
-        laid_out(case.lora_B, layout_out, adapter_transposed),
+        laid_out(case.lora_B, layout),
         None if case.bias is None else case.bias.to(case.lora_B.dtype, copy=True),
         S.clone(),
     )

@@ -12,7 +12,7 @@ OPERATORS = {
 }  # fmt: skip
 COMPARISONS = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt", "eq": "ne", "ne": "eq"}
 WITH_IMMEDIATES = (
-    "add", "sub", "mul", "mad", "and", "or", "xor", "min", "max", "mov", "setp", "selp", "bfi", "prmt",
+    "add", "sub", "mul", "mad", "or", "xor", "min", "max", "mov", "setp", "selp", "bfi", "prmt",
     "cp.async.wait_group",
 )  # fmt: skip
 
@@ -40,6 +40,12 @@ def _width(opcode: str) -> int:
 
 def _register_type(item: str) -> str:
     return re.match(r"%?[a-z]*", item)[0]
+
+
+def _masks(mask: int) -> tuple[int, int]:
+    """One bit less at the lower end and one more, or where there is none below, one more at the upper end."""
+    low = mask & -mask
+    return mask ^ low, mask | low >> 1 if low > 1 else mask | mask + 1
 
 
 def changes(line: str, written: dict[str, str]) -> Iterator[tuple[str, str]]:
@@ -87,6 +93,9 @@ def changes(line: str, written: dict[str, str]) -> Iterator[tuple[str, str]]:
         elif re.fullmatch(r"-?\d+", item) and name in ("shl", "shr"):
             for by in (1, -1):
                 yield "shift", joined([*before, str(int(item) + by), *after])
+        elif re.fullmatch(r"-?\d+", item) and name == "and":
+            for mask in _masks(int(item)):
+                yield "immediate", joined([*before, str(mask), *after])
         elif re.fullmatch(r"-?\d+", item) and opcode.startswith(WITH_IMMEDIATES):
             for by in (1, -1):
                 if int(item) + by >= 0 or opcode not in ("cp.async.wait_group", "mov.pred"):
@@ -133,6 +142,11 @@ class Entry(NamedTuple):
         while " bra" in lines[line] or re.match(r"\s*(\.loc|//|$)", lines[line]):
             line -= 1
         return line + 1 in executed or lines[line].endswith(":")
+
+    def instructions(self) -> list[int]:
+        """Their lines."""
+        lines = enumerate(self.text.split("\n")[self.header_lines :], self.header_lines)
+        return [number for number, line in lines if re.fullmatch(r"\s*(@!?%p\d+\s+)?[a-z][\w.]*(\s+.*)?;.*", line)]
 
     def mutants(self) -> dict[str, list[Mutant]]:
         found: dict[str, list[Mutant]] = defaultdict(list)
