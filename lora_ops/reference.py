@@ -44,8 +44,8 @@ def dropout_threshold(p: float) -> int:
     return min(round(p * 65536), 65535)
 
 
-def dropout_keep(seed: Tensor, p: float, M: int, K: int) -> Tensor:
-    """(M, K) bool: which elements of x survive. Element (m, k) owns 16 bits of the counter
+def dropout_bits(seed: Tensor, M: int, K: int) -> Tensor:
+    """(M, K) int64: the 16 random bits of each element of x. Element (m, k) owns those of the counter
 
     (16 · (k // 128) + (k % 32) // 2,  m,  m >> 32,  0): half k % 2 of output word (k % 128) // 32, as in csrc/philox.h.
     """
@@ -55,8 +55,12 @@ def dropout_keep(seed: Tensor, p: float, M: int, K: int) -> Tensor:
     zero = torch.zeros((), dtype=torch.int64, device=device)
     words = philox((16 * (k // 128) + (k % 32) // 2, row & _LOW, row >> 32, zero), int(seed))
     word = torch.stack([w.expand(M, K) for w in words]).gather(0, ((k % 128) // 32).expand(1, M, K))[0]
-    bits = torch.where(k % 2 == 1, word >> 16, word) & 0xFFFF
-    return bits >= dropout_threshold(p)
+    return torch.where(k % 2 == 1, word >> 16, word) & 0xFFFF
+
+
+def dropout_keep(seed: Tensor, p: float, M: int, K: int) -> Tensor:
+    """(M, K) bool: which elements of x survive."""
+    return dropout_bits(seed, M, K) >= dropout_threshold(p)
 
 
 def _dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:

@@ -207,21 +207,24 @@ def forward(
     return y
 
 
-def assert_right_forward(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, adapters: list[Adapter], S: Tensor | None = None
-) -> None:
-    def value(dtype: torch.dtype | None) -> Tensor:
-        def cast(t: Tensor) -> Tensor:
-            return t.to(dtype or t.dtype)
+def forward_value(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: list[Adapter], dtype: torch.dtype | None = None
+) -> Tensor:
+    """As eager has it, or in dtype."""
 
-        y = torch.nn.functional.linear(cast(x), cast(weight), None if bias is None else cast(bias))
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype or t.dtype)
 
-        def low_rank(a: Adapter) -> Tensor:
-            return cast(x)[a.rows].to(cast(a.A).dtype) @ cast(a.A).T @ cast(a.B).T * a.scaling
+    y = torch.nn.functional.linear(cast(x), cast(weight), None if bias is None else cast(bias))
 
-        return (y + in_every_segment(adapters, *y.shape, low_rank, cast(adapters[0].A).dtype)).to(y.dtype)
+    def low_rank(a: Adapter) -> Tensor:
+        return cast(x)[a.rows].to(cast(a.A).dtype) @ cast(a.A).T @ cast(a.B).T * a.scaling
 
-    assert_within_bound({"y": error(y, value(None), value(torch.float64))})
+    return (y + in_every_segment(adapters, *y.shape, low_rank, cast(adapters[0].A).dtype)).to(y.dtype)
+
+
+def assert_right_forward(y: Tensor, *of: Tensor | list[Adapter] | None) -> None:
+    assert_within_bound({"y": error(y, forward_value(*of), forward_value(*of, torch.float64))})
 
 
 def poisoned_down(x: Tensor, adapters: list[Adapter]) -> Tensor:
@@ -277,6 +280,53 @@ def test_forward_reads_the_weight_once(segmented: Device) -> None:
 # --- dx = dy W0 + drop'(dS A_i) ---------------------------------------------------------------------------------------
 
 
+def backward_dx(
+    run: Run,
+    dy: Tensor,
+    weight: Tensor,
+    adapters: list[Adapter],
+    dropout: Dropout | None,
+    *,
+    tile: str = "automatic",
+    layout: str = "plain",
+    transposed: bool = False,
+) -> Tensor:
+    """With dS of exact products, and NaN beyond a segment's rank."""
+    (M, N), K = dy.shape, weight.shape[1]
+    dS = torch.full((M, columns(adapters)), torch.nan)
+    for a in adapters:
+        dS[a.rows, : a.rank] = (a.scaling * (dy[a.rows].double() @ a.B.double())).float()
+    segments, kept = on_device(run, adapters)
+    drop, seed = device_dropout(dropout)
+    dx, lora_A = empty(M, K, dy.dtype, layout), matrix(adapters[0].A)
+    dy, weight = laid_out(dy, layout), laid_out(weight, layout, transposed)
+    for t in (dy, weight, dS):
+        run.register(t, readonly=True)
+    lora_A.data = None
+    op = LoraBackwardDx(M, K, N, dS.shape[1], matrix(dy), matrix(weight), lora_A, matrix(dx), dS.data_ptr(), drop, TILES[tile])
+    call(run, "lora_backward_dx_segments", op, segments)
+    del kept, seed
+    return dx
+
+
+def dx_value(
+    dy: Tensor, weight: Tensor, adapters: list[Adapter], dropout: Dropout | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """As eager has it, or in dtype."""
+    (M, _), K = dy.shape, weight.shape[1]
+    keep = torch.ones(M, K) if dropout is None else dropout.keep(M, K).double() / (1 - dropout.p)
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype or t.dtype)
+
+    def low_rank(a: Adapter) -> Tensor:
+        wide = cast(dy)[a.rows].to(cast(a.B).dtype)
+        return (wide * a.scaling) @ cast(a.B) @ cast(a.A) * keep[a.rows].to(wide.dtype)
+
+    low_ranks = in_every_segment(adapters, M, K, low_rank, cast(adapters[0].A).dtype)
+    return cast(dy) @ cast(weight) + low_ranks.to(cast(dy).dtype)
+
+
 @batches
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_backward_dx(segmented: Device, dtypes: Dtypes, batch: list[tuple[int, int]]) -> None:
@@ -288,31 +338,7 @@ def test_backward_dx(segmented: Device, dtypes: Dtypes, batch: list[tuple[int, i
             normal(N, K, dtype=dtypes.x),
         )
         weight, dropout = weight * N**-0.5, Dropout(0.25) if i % 2 == 0 else None
-        dS = torch.full((M, columns(adapters)), torch.nan)
-        for a in adapters:
-            dS[a.rows, : a.rank] = (a.scaling * (dy[a.rows].double() @ a.B.double())).float()
         with segmented.run(arch=(80, 90)[i % 2], reverse=i == 1) as run:
-            segments, kept = on_device(run, adapters)
-            drop, seed = device_dropout(dropout)
-            dx, lora_A = torch.empty(M, K, dtype=dtypes.x), matrix(adapters[0].A)
-            dy_on, weight_on, dS = dy.clone(), weight.clone(), dS.clone()
-            lora_A.data = None
-            op = LoraBackwardDx(
-                M, K, N, dS.shape[1], matrix(dy_on), matrix(weight_on), lora_A, matrix(dx), dS.data_ptr(), drop, TILES[tile]
-            )
-            call(run, "lora_backward_dx_segments", op, segments)
-            del kept, seed
-        keep = torch.ones(M, K) if dropout is None else dropout.keep(M, K).double() / (1 - dropout.p)
-
-        def value(dtype: torch.dtype | None) -> Tensor:
-            def cast(t: Tensor) -> Tensor:
-                return t.to(dtype or t.dtype)
-
-            def low_rank(a: Adapter) -> Tensor:
-                wide = cast(dy)[a.rows].to(cast(a.B).dtype)  # noqa: B023
-                return (wide * a.scaling) @ cast(a.B) @ cast(a.A) * keep[a.rows].to(wide.dtype)  # noqa: B023
-
-            low_ranks = in_every_segment(adapters, M, K, low_rank, cast(adapters[0].A).dtype)  # noqa: B023
-            return cast(dy) @ cast(weight) + low_ranks.to(cast(dy).dtype)  # noqa: B023
-
-        assert_within_bound({"dx": error(dx, value(None), value(torch.float64))})
+            dx = backward_dx(run, dy, weight, adapters, dropout, tile=tile)
+        of = (dy, weight, adapters, dropout)
+        assert_within_bound({"dx": error(dx, dx_value(*of), dx_value(*of, torch.float64))})

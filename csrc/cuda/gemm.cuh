@@ -238,7 +238,7 @@ __device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const 
     if (row0 + row + i >= p.M) return;
     const uint4 v = load_shared16(at + i * kRowBytes);
     if (vector) {
-      *reinterpret_cast<uint4*>(out + i * p.out_stride) = v;
+      __stcg(reinterpret_cast<uint4*>(out + i * p.out_stride), v);  // a plain store is taken apart by the compiler
     } else {
       const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll

@@ -1,0 +1,257 @@
+"""Are the tests of the CUDA kernels any good? One instruction of a kernel's PTX is changed, and it must be noticed.
+
+    python tools/cuda_mutants.py                writes docs/cuda_mutants.md; minutes on two cores
+    python tools/cuda_mutants.py --kernel lora_down --each 100 --out /tmp
+
+A mutant runs behind the real launch code on the executor of tests/ptx, in the launches of tests/cuda_cases.py, which the suite
+runs as they are. Each is a process of its own. It is noticed if the suite would notice: values leave the tolerance policy of
+tests/compare.py, a checker reports, a counter is another one; or if the executor refuses it, or it does not come to an end.
+
+Every kernel instance gives the same number of mutants, spread evenly over the kinds of changes: drawn from all instructions
+alike, mov and mma of unrolled loops would be most of them. The draw is a function of the kernel's name.
+
+Why a survivor does no harm is written down in cuda_mutants.tsv: .cu file, kind, PTX without register numbers, reason.
+"""
+
+import argparse
+import csv
+import os
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch
+from cuda_cases import Case, Kernel, cases
+from cuda_code import demangled
+from ptx.device import Device
+from ptx_mutants import Entry, Mutant, drawn, entries
+from tqdm import tqdm
+
+REASONS = Path(__file__).with_suffix(".tsv")
+ARCH = 80
+SURVIVED = "survived"
+
+
+class Known(NamedTuple):
+    """A case that is right, and the lines that it executes."""
+
+    case: Case
+    executed: set[int]
+
+
+def baseline(device: Device, kernel: Kernel, entry: Entry) -> list[Known]:
+    found = []
+    for case in cases(kernel, device):
+        with device.run(ARCH) as run:
+            results = case.launch(run)
+        counters = run.counters.matching(entry=entry.name)
+        case.check(results, counters)
+        found.append(Known(case, {c.ptx_line for c in counters}))
+    return found
+
+
+def outcome(device: Device, kernel: Kernel, entry: Entry, text: str, known: list[Known]) -> str:
+    """What notices it first."""
+    device.load_module(kernel.source, text, ARCH)
+    for case, _ in known:
+        results, raised = {}, ""
+        try:
+            with device.run(ARCH, check=False) as run:
+                results = case.launch(run)
+        except (RuntimeError, AssertionError) as e:  # what launchers and the op tests' helpers raise
+            raised = str(e)
+        reports = " ".join([*run.reports, raised])
+        if "is not implemented" in reports:
+            raise NotImplementedError(reports)
+        if reports:
+            checker = re.search(r"memcheck|initcheck|racecheck|synccheck", reports)
+            return checker[0] if checker else "executor"
+        try:
+            case._replace(counts=None).check(results, run.counters)
+        except AssertionError:
+            return "values"
+        try:
+            case.check(results, run.counters.matching(entry=entry.name))
+        except AssertionError:
+            return "counters"
+    return SURVIVED
+
+
+def in_children(
+    jobs: Iterable[tuple[Mutant, Callable[[], str]]], count: int, cpu_seconds: float
+) -> Iterator[tuple[Mutant, str]]:
+    """Each job's result, from a process of its own, `count` at a time. A mutant may write anywhere and need not end."""
+    running: dict[int, tuple[Mutant, int]] = {}
+
+    def finished() -> tuple[Mutant, str]:
+        pid, status = os.wait()
+        mutant, pipe = running.pop(pid)
+        with os.fdopen(pipe) as f:
+            text = f.read()
+        if os.WIFSIGNALED(status):
+            text = "time" if os.WTERMSIG(status) == signal.SIGPROF else "crash"
+        if text.startswith("broken"):
+            raise RuntimeError(f"{mutant}: {text}")
+        return mutant, text
+
+    for mutant, job in jobs:
+        receive, send = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+                os.write(send, job().encode())
+            except BaseException as e:
+                os.write(send, f"broken: {e!r}".encode())
+            finally:
+                os._exit(0)
+        os.close(send)
+        running[pid] = mutant, receive
+        if len(running) == count:
+            yield finished()
+    while running:
+        yield finished()
+
+
+class Row(NamedTuple):
+    kernel: Kernel
+    kind: str
+    ptx_line: int
+    cuda_line: str
+    before: str
+    after: str
+    outcome: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What a reason is found by. Neither a name mangled with a digest of the path nor a register's number is in it."""
+        text = (re.sub(r"_ZN\w+", "", re.sub(r"%([a-z]+)\d+", r"%\1", t)) for t in (self.before, self.after))
+        return self.cuda_line.split(":")[0], self.kind, *text
+
+
+class Result(NamedTuple):
+    rows: list[Row]
+    instructions: int
+    executed: int
+
+
+def run_kernel(device: Device, kernel: Kernel, entry: Entry, each: int, jobs: int) -> Result:
+    start = time.process_time()
+    known = baseline(device, kernel, entry)
+    cpu_seconds = 0.3 + 3 * (time.process_time() - start)  # more is an endless loop
+    executed = set().union(*(k.executed for k in known))
+    mutants = {kind: [m for m in some if entry.reached(m.line, executed)] for kind, some in entry.mutants().items()}
+    chosen = drawn(mutants, each, f"{kernel.source} {kernel.name}")
+
+    def job(mutant: Mutant) -> Callable[[], str]:
+        some = [k for k in known if entry.reached(mutant.line, k.executed)]  # elsewhere it is not run
+        return lambda: outcome(device, kernel, entry, entry.with_(mutant), some)
+
+    rows = []
+    for m, text in in_children(((m, job(m)) for m in chosen), jobs, cpu_seconds):
+        after = "" if m.kind == "dropped" else " ".join(m.after.split())
+        rows.append(Row(kernel, m.kind, entry.ptx_line(m.line), entry.source(m.line), " ".join(m.before.split()), after, text))
+    return Result(rows, len(entry.instructions()), sum(entry.reached(line, executed) for line in entry.instructions()))
+
+
+def run_all(device: Device, only: str, each: int, jobs: int) -> dict[Kernel, Result]:
+    """Kernels with few instructions of their own source's kind give more: `each` is of an instance, 12 times that of a single one."""
+    work = []
+    for source, module in device.ptx(ARCH).items():
+        some = entries(module)
+        names = demangled(e.name for e in some)
+        count = max(each, 80 // len(some))
+        work += [(Kernel(source, names[e.name]), e, count) for e in some if only in f"{source} {names[e.name]}"]
+    results = {}
+    for kernel, entry, count in (bar := tqdm(work, unit="kernel")):
+        bar.set_description(kernel.source)
+        device.load_module(kernel.source, entry.text, ARCH)
+        results[kernel] = run_kernel(device, kernel, entry, count, jobs)
+        device.load_module(kernel.source, device.ptx(ARCH)[kernel.source], ARCH)
+    return results
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("values", "memcheck", "initcheck", "racecheck", "synccheck", "counters", "executor", "crash", "time", SURVIVED)
+
+
+def table(rows: list[Row], by: str, of: Callable[[Row], str]) -> list[str]:
+    lines = [f"| {by} | mutants | {' | '.join(COLUMNS)} | noticed |", "|---" * (3 + len(COLUMNS)) + "|"]
+    for name in [*sorted({of(r) for r in rows}), "**all**"]:
+        found = Counter(r.outcome for r in rows if name in (of(r), "**all**"))
+        cells = " | ".join(str(found[c] or "") for c in COLUMNS)
+        lines.append(f"| {name} | {found.total()} | {cells} | {1 - found[SURVIVED] / found.total():.1%} |")
+    return lines
+
+
+def reasons() -> dict[tuple[str, ...], str]:
+    with open(REASONS, newline="") as f:
+        return {tuple(row[:-1]): row[-1] for row in csv.reader(f, delimiter="\t", quoting=csv.QUOTE_NONE)}
+
+
+def report(results: dict[Kernel, Result], why: dict[tuple[str, ...], str]) -> str:
+    rows = [row for result in results.values() for row in result.rows]
+    survivors = sorted((r for r in rows if r.outcome == SURVIVED), key=lambda r: (why.get(r.key, ""), r.kernel, r.ptx_line))
+    instructions, executed = (sum(getattr(r, what) for r in results.values()) for what in ("instructions", "executed"))
+    lines = []
+    for reason in dict.fromkeys(why.get(r.key, "NOT EXPLAINED") for r in survivors):
+        lines += ["", f"**{reason}**", "", "| kernel | PTX line | .cu line | kind | before | after |", "|---|---|---|---|---|---|"]
+        for r in survivors:
+            if why.get(r.key, "NOT EXPLAINED") == reason:
+                text = (re.sub(r"_ZN\w+_param_0", "param", t) for t in (r.before, r.after))
+                before, after = (f"`{t}`" if t else "" for t in text)
+                name = f"{r.kernel.source}: `{r.kernel.name}`"
+                lines.append(f"| {name} | {r.ptx_line} | {r.cuda_line} | {r.kind} | {before} | {after} |")
+    return f"""# CUDA kernels: mutants
+
+Written by `tools/cuda_mutants.py`. One instruction of a kernel's PTX (compute_{ARCH}) is changed, and the suite's launches
+(`tests/cuda_cases.py`) must notice: {len(rows)} mutants of {len(results)} kernel instances, of which
+**{1 - len(survivors) / len(rows):.1%}** are noticed. Survivors that are explained below count as survivors.
+
+Mutants are drawn, evenly over the kinds, from what the launches execute: {executed} of {instructions} instructions, in every
+instance of every kernel. The rest is paths that no launcher reaches, and in the forms that share gemm.cuh with `lora_forward` and
+`lora_backward_dx`, paths that are looked at there. Not drawn, since nothing could notice: cache hints.
+
+What notices a mutant is what does so first. `executor`: it is refused. `time`: it does not end.
+
+{chr(10).join(table(rows, "source", lambda r: r.kernel.source))}
+
+{chr(10).join(table(rows, "kind of change", lambda r: r.kind))}
+
+## Survivors
+{chr(10).join(lines)}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernel", default="", help="only those whose .cu file and name contain this")
+    parser.add_argument("--each", type=int, default=12, help="mutants of each kernel instance")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # threads do not live on in a forked process
+    cuda = ROOT / "csrc" / "cuda"
+    results = run_all(Device([*sorted(cuda.glob("*.cu")), cuda / "bindings.cpp"]), args.kernel, args.each, args.jobs)
+    why = reasons()
+    (args.out / "cuda_mutants.md").write_text(report(results, why))
+    rows = [row for result in results.values() for row in result.rows]
+    print("\n".join(table(rows, "source", lambda r: r.kernel.source)))
+    unexplained = [row for row in rows if row.outcome == SURVIVED and row.key not in why]
+    for row in unexplained:
+        print(f"{row.kernel.source} {row.kernel.name} PTX line {row.ptx_line}", *row.key, sep="\t")
+    if unexplained:
+        sys.exit(f"{len(unexplained)} survivors are not explained in {REASONS.name}")
+
+
+if __name__ == "__main__":
+    main()
