@@ -1,8 +1,8 @@
 """Small launches of each kernel of csrc/cuda, by source and template arguments: what the mutation run of tools/ looks at.
 
-Together they take every branch of a kernel that the host can reach: rings of buffers go round, in the first block of a grid and
-in others, every copy of an unrolled loop meets an end of the matrix, dropout meets the number that equals its threshold, and the
-lower parts of fp32 operands are all that is left.
+Together they take every branch of a kernel that the host can reach: rings of buffers go round, in the first block of a grid
+and in others, every copy of an unrolled loop meets an end of the matrix, dropout meets the number that equals its threshold,
+and the lower parts of fp32 operands are all that is left.
 
 A kernel of a new source takes a function in _OPS, from the kernel to its cases.
 """
@@ -21,9 +21,9 @@ import test_cuda_lora_forward as forward
 import test_cuda_lora_general as general
 import test_cuda_lora_group as group
 import test_cuda_lora_segments as segments
-import test_cuda_ops
 import test_cuda_qlora_backward_dx as qdx
 import test_cuda_qlora_forward as qforward
+import test_cuda_quantize_4bit as q4
 import torch
 import torch.nn.functional as F
 from compare import BF16, F16, F32, Dtypes, make_case
@@ -33,8 +33,7 @@ from skinny import Dropout, device_dropout, normal, products, strided
 from torch import Tensor
 
 from lora_ops import quantize_nf4, reference
-from lora_ops.cuda import ops
-from lora_ops.qlora_ops import weight_of
+from lora_ops.quant import layout
 
 F64 = torch.float64
 Results = dict[str, Tensor]
@@ -105,6 +104,16 @@ def _layout(kernel: Kernel, t: Tensor) -> Tensor:
     return strided(t, 0, -t.shape[1] % 8) if kernel.flags[0] else strided(t, 1, 1 + t.shape[1] % 2)
 
 
+def in_order(a: Tensor, b: Tensor) -> Tensor:
+    """a b; in fp32 summed one by one, where torch's own error of a few small sums is a matter of luck."""
+    if a.dtype != F32:
+        return a @ b
+    total = torch.zeros(a.shape[0], b.shape[1])
+    for k in range(a.shape[1]):
+        total += a[:, k, None] * b[k]
+    return total
+
+
 class Skinny(NamedTuple):
     rows: int
     columns: int
@@ -148,7 +157,7 @@ def _down(kernel: Kernel, _: Device) -> Iterator[Case]:
         h, wide = (t if dropout is None else dropout.of(t) for t in (x.float(), x.double()))
         mma = products(dtypes) * (M // 16) * (K // 16) * (r // 8)
         counts = Counts(mma, x.nbytes + M // 64 * A.nbytes) if whole else None
-        yield Case(launch, {"S": h @ A.float().T}, {"S": wide @ A.double().T}, counts)
+        yield Case(launch, {"S": in_order(h, A.float().T)}, {"S": wide @ A.double().T}, counts)
 
 
 def _backward_down(kernel: Kernel, _: Device) -> Iterator[Case]:
@@ -163,14 +172,14 @@ def _backward_down(kernel: Kernel, _: Device) -> Iterator[Case]:
         h, wide = (t if dropout is None else dropout.of(t) for t in (x.to(dtypes.adapter), x.double()))
         mma = products(dtypes) * (M // 16) * (K // 16) * (r // 8)
         counts = Counts(mma, x.nbytes + K // 128 * dS.nbytes) if whole else None
-        yield Case(launch, {"dA": dS.to(dtypes.adapter).T @ h}, {"dA": dS.double().T @ wide}, counts)
+        yield Case(launch, {"dA": in_order(dS.to(dtypes.adapter).T, h)}, {"dA": dS.double().T @ wide}, counts)
 
 
 def _backward_up(kernel: Kernel, _: Device) -> Iterator[Case]:
     dtypes, names = _skinny_dtypes(kernel), ("dS", "dB", "dbias")
     some = [names, names, names, ("dB",), ("dS", "dbias"), names, ("dbias",), ("dS",), names]
     columns = 256 if kernel.sizes[0] <= 32 else 128
-    for i, (M, N, r, sm_count, dropout, whole) in enumerate(_skinny(kernel, columns)):
+    for i, (M, N, r, sm_count, _, whole) in enumerate(_skinny(kernel, columns)):
         if M == 16:
             return  # thresholds
         wanted = some[i % len(some)]
@@ -183,7 +192,8 @@ def _backward_up(kernel: Kernel, _: Device) -> Iterator[Case]:
             return skinny.lora_backward_up(run.library, *inputs, up.SCALING, wanted=wanted, sm_count=sm_count)
 
         g, wide = dy.to(dtypes.adapter) * up.SCALING, dy.double()
-        eager = {"dS": up.SCALING * (dy.float() @ B.float()), "dB": g.T @ S.to(dtypes.adapter), "dbias": dy.sum(0)}
+        dS, dB = in_order(dy.float(), B.float()), in_order(g.T, S.to(dtypes.adapter))
+        eager = {"dS": up.SCALING * dS, "dB": dB, "dbias": dy.sum(0)}
         exact = {"dS": up.SCALING * (wide @ B.double()), "dB": up.SCALING * (wide.T @ S.double()), "dbias": wide.sum(0)}
         mma = (M // 16) * (N // 16) * (2 * products(dtypes) * (r // 8) + 1)
         yield Case(launch, eager, exact, Counts(mma, dy.nbytes + N // columns * S.nbytes) if whole else None)
@@ -191,13 +201,13 @@ def _backward_up(kernel: Kernel, _: Device) -> Iterator[Case]:
 
 def _reduce(_: Kernel, device: Device) -> Iterator[Case]:
     """Of every output type, and three reductions at once, of up to ten splits."""
-    for i in range(1, 11, 3):
+    for i in range(2, 11, 3):
         x, A = normal(3, 128 * i - 8, dtype=BF16), normal(40 * i + 16, 128 * i - 8, dtype=F32)
 
         def launch(run: Run, x=x, A=A) -> Results:
             return {"S": skinny.lora_down(run.library, x.clone(), A.clone(), sm_count=100)}
 
-        yield Case(launch, {"S": x.float() @ A.T}, {"S": x.double() @ A.double().T})
+        yield Case(launch, {"S": in_order(x.float(), A.T)}, {"S": x.double() @ A.double().T})
     for t in ("Bf16", "Half"):
         kernel = Kernel("lora_backward_up.cu", f"lora_backward_up_kernel<{t}, {t}, 16, true>")
         yield from (case._replace(counts=None) for case in list(_backward_up(kernel, device))[1:8])
@@ -347,7 +357,9 @@ def _gemm(kernel: Kernel, _: Device) -> Iterator[Case]:
         case = _make(kernel, shape, is_dx, bias=not is_dx and i % 4 != 3, dropout_p=i % 2 / 4 if is_dx else 0.0)
         base = None
         if vector and weight_rows != is_dx and i % 4 == 1:
-            base = (case.dy.double() @ case.weight.double() if is_dx else case.x.double() @ case.weight.double().T).to(kernel.type)
+            base = (case.dy.double() @ case.weight.double() if is_dx else case.x.double() @ case.weight.double().T).to(
+                kernel.type
+            )
         gemm = Gemm(
             case,
             **how,
@@ -370,19 +382,25 @@ def _gemm(kernel: Kernel, _: Device) -> Iterator[Case]:
 
 
 def _group(kernel: Kernel, _: Device) -> Iterator[Case]:
-    """Layers of every number and width, side by side or one after the other."""
+    """Two to four layers of every width, side by side or one after the other. One is launched as it is alone."""
     weight_rows, vector = kernel.flags
     is_dx = kernel.source == "lora_backward_dx_group.cu"
-    rows, columns, depth, _, stages = kernel.sizes
+    rows, columns, *_ = kernel.sizes
     how = {"tile": _tile(kernel), "layout": "padded" if vector else "odd", "transposed": weight_rows == is_dx}
     for i, shape in enumerate(_gemm_shapes(kernel)):
-        of_group = [(N * (i % 2 + 1) + i, r) for N, r in group.GROUPS[i % 4]]
+        of_group = [(N * (i % 2 + 1) + i, r) for N, r in group.GROUPS[1 + i % 3]]
         K = shape.wide if is_dx else shape.deep
-        layers = group.make_layers(shape.M, K, of_group, Dtypes(kernel.type, shape.adapter), dropout_p=i % 3 / 4 if is_dx else 0.0)
+        layers = group.make_layers(
+            shape.M, K, of_group, Dtypes(kernel.type, shape.adapter), dropout_p=i % 3 / 4 if is_dx else 0.0
+        )
         if is_dx:
             gate = torch.linspace(-1, 1, sum(r for _, r in of_group)) if i % 4 > 1 else None
             eager, exact = (group.eager_dx(layers, gate, dtype) for dtype in (None, F64))
-            yield Case(lambda run, layers=layers, gate=gate: {"dx": group.backward_dx(run, layers, **how, gate=gate)}, {"dx": eager}, {"dx": exact})
+            yield Case(
+                lambda run, layers=layers, gate=gate: {"dx": group.backward_dx(run, layers, **how, gate=gate)},
+                {"dx": eager},
+                {"dx": exact},
+            )
         else:
 
             def launch(run: Run, layers=layers) -> Results:
@@ -396,8 +414,8 @@ def _group(kernel: Kernel, _: Device) -> Iterator[Case]:
             return group.make_layers(rows, columns, ((8, 4),), Dtypes(kernel.type, F32), dropout_p=p)[0]
 
         for case in _at_thresholds(kernel, layer):
-            eager, exact = ({"dx": group.eager_dx([case], None, t)} for t in (None, F64))
-            yield Case(lambda run, case=case: {"dx": group.backward_dx(run, [case], **how)}, eager, exact)
+            eager, exact = ({"dx": group.eager_dx([case, case], None, t)} for t in (None, F64))
+            yield Case(lambda run, case=case: {"dx": group.backward_dx(run, [case, case], **how)}, eager, exact)
 
 
 # --- 4-bit weights ----------------------------------------------------------------------------------------------------
@@ -410,18 +428,23 @@ def _gemm_4bit(kernel: Kernel, device: Device) -> Iterator[Case]:
     rows, columns, _, _, _ = kernel.sizes
     how = {} if is_dx else {"tile": _tile(kernel)}
 
-    def made(case: four_bit.QuantisedCase, mma: int = 0, **layout) -> Case:
+    def made(case: four_bit.QuantisedCase, mma: int = 0, **layouts) -> Case:
         low_rank = dense.down(case)
         with device.run() as run:
             expected = {"out": dense.launch(run, case, low_rank)}
         (M, K), N = case.x.shape, case.weight.shape[0]
         of_in = K // columns * M * N * 2 if is_dx else N // columns * M * K * 2
         counts = Counts(mma, M // rows * N * K // 2 + of_in) if mma else None
-        return Case(lambda run: {"out": op.launch(run, case, low_rank, **layout, **how)}, expected, expected, counts)
+        return Case(lambda run: {"out": op.launch(run, case, low_rank, **layouts, **how)}, expected, expected, counts)
 
     whole = (2 * rows, 256, 128, 16) if is_dx else (2 * rows, 256, columns, 16)
     M, K, N, _ = whole
-    yield made(four_bit.make_quantised_case(whole, Dtypes(kernel.type, kernel.type)), M // 16 * (N * K // 128 + (K if is_dx else N) // 8), layout="plain")
+    yield made(
+        four_bit.make_quantised_case(whole, Dtypes(kernel.type, kernel.type)),
+        M // 16 * (N * K // 128 + (K if is_dx else N) // 8),
+        layout="plain",
+        layout_out="plain",
+    )
     for i, (M, wide, deep, r, adapter) in enumerate(_gemm_shapes(kernel)):
         K, N = (128 * (i % 3 + 1), deep) if is_dx else (128 * (7 * i % 5 + 1), wide)
         settings = four_bit.SETTINGS[i % len(four_bit.SETTINGS)]
@@ -435,21 +458,53 @@ def _gemm_4bit(kernel: Kernel, device: Device) -> Iterator[Case]:
         yield from map(made, _at_thresholds(kernel, case_of))
 
 
-def _dequantize(kernel: Kernel, device: Device) -> Iterator[Case]:
+def _gemv(kernel: Kernel, _: Device) -> Iterator[Case]:
+    """Every number of rows, one chunk and several per warp, every residue of the rows of W0 that a block has."""
+    (tiles,), (nested, blocks_of_32) = kernel.sizes, kernel.flags
+    sizes = [32] if blocks_of_32 else [64, 128, 4096]
+    for i in range(16):
+        N = (4096 if tiles == 2 else 0) + 5 * i % 32 + 1
+        shape = (i % 8 + 1, 128 * (1, 2, 9, 17, 33)[i % (2 if tiles == 2 else 5)], N, 7 * i % 20 + 1)
+        settings = (sizes[i % len(sizes)], nested, ("nf4", "fp4")[i % 2])
+        case = four_bit.make_quantised_case(
+            shape, Dtypes(kernel.type, (F32, kernel.type)[i // 2 % 2]), settings, bias=i % 3 > 0
+        )
+        eager, exact = compare.run(compare.eager_lora, case, backward=False), four_bit.exact_results(case, backward=False)
+        S = forward.down(case)
+        yield Case(lambda run, case=case, S=S: {"y": qforward.launch(run, case, S)}, eager, exact)
+
+
+def _dequantize(kernel: Kernel, _: Device) -> Iterator[Case]:
     """Bit for bit the CPU's: every kind of row's end, nested scales and not, blocks within rows and across them."""
-    module = test_cuda_ops.extension(device)
-    quant_type = ("nf4", "fp4")[int(kernel.arguments[1][-1])]
-    for i, K in enumerate((1, 31, 64, 65, 97, 127, 128, 300, 1023, 1100, 2049, 4000)):
-        blocksize, double_quant, _ = four_bit.SETTINGS[i % len(four_bit.SETTINGS)]
-        qweight = quantize_nf4(normal(7 + 5 * i, K, dtype=F32), blocksize, double_quant, quant_type)
-
-        def launch(run: Run, qweight=qweight, K=K) -> Results:
-            for t in vars(qweight).values():
-                if isinstance(t, Tensor):
-                    run.register(t, readonly=True)
-            return {"weight": ops.dequantize(ops.Target(module, 4, 0), weight_of(qweight), K, kernel.type)}
-
+    by_chunks = kernel.name.startswith("dequantize_chunks")
+    for i, K in enumerate((128, 384, 256, 1024, 640, 2176) if by_chunks else (1, 31, 64, 65, 97, 127, 300, 1023, 1100, 2049)):
+        qweight = quantize_nf4(normal(7 + 5 * i, K, dtype=F32), *four_bit.SETTINGS[i % len(four_bit.SETTINGS)])
         expected = {"weight": qweight.dequantize(kernel.type)}
+        yield Case(
+            lambda run, qweight=qweight: {"weight": q4.dequantize(run, qweight, kernel.type)},
+            expected,
+            expected,
+        )
+
+
+def _quantize(kernel: Kernel, _: Device) -> Iterator[Case]:
+    """Bit for bit the CPU's, with blocks of zeros and of the smallest numbers, and weights on the borders of two codes."""
+    types = ["nf4", "fp4"] if kernel.name.startswith("absmax") else [("nf4", "fp4")[int(kernel.arguments[1][-1])]]
+    for i, K in enumerate((1, 31, 64, 65, 97, 127, 128, 300, 384, 1023, 1100)):
+        (blocksize, _, _), quant_type = four_bit.SETTINGS[i % len(four_bit.SETTINGS)], types[i % len(types)]
+        weight = normal(3 + i, K, dtype=F32)
+        flat = weight.view(-1)
+        flat[blocksize : 2 * blocksize] = (0, torch.finfo(kernel.type).tiny / 4)[i % 2]
+        code = reference.code_4bit(quant_type, weight.device).sort().values
+        borders = (code[:-1] + code[1:]) / 2
+        flat[-1:] = 1  # of the last block, what is divided by
+        flat[-1 - len(borders) : -1] = borders[: max(0, len(flat) - 1)]
+        weight = weight.to(kernel.type)
+        expected = dict(zip(("codes", "absmax"), layout.quantize(weight, blocksize, quant_type), strict=True))
+
+        def launch(run: Run, of=(weight, blocksize, quant_type)) -> Results:
+            return dict(zip(("codes", "absmax"), q4.quantize(run, *of), strict=True))
+
         yield Case(launch, expected, expected)
 
 
@@ -518,6 +573,8 @@ _OPS: dict[str, Callable[[Kernel, Device], Iterator[Case]]] = {
     "lora_forward_segments.cu": _gemm_segments,
     "qlora_backward_dx.cu": _gemm_4bit,
     "qlora_forward.cu": _gemm_4bit,
+    "qlora_gemv.cu": _gemv,
+    "quantize_4bit.cu": _quantize,
     "reduce.cu": _reduce,
 }
 

@@ -30,9 +30,14 @@ class QloraBackwardDx(ctypes.Structure):
     ]
 
 
-def launch(run: Run, case: QuantisedCase, dS: Tensor, *, layout: str = "padded") -> Tensor:
+def launch(run: Run, case: QuantisedCase, dS: Tensor, *, layout: str = "padded", layout_out: str = "odd") -> Tensor:
     (M, K), N, r, p = case.x.shape, case.weight.shape[0], case.lora_A.shape[0], case.dropout_p
-    dy, lora_A, dS, dx = laid_out(case.dy, layout), laid_out(case.lora_A, "odd"), dS.clone(), empty(M, K, case.dy.dtype, "odd")
+    dy, lora_A, dS, dx = (
+        laid_out(case.dy, layout),
+        laid_out(case.lora_A, layout_out),
+        dS.clone(),
+        empty(M, K, case.dy.dtype, layout_out),
+    )
     seed = None if case.seed is None else case.seed.clone()
     dropout = Dropout(None, 0, 1.0) if seed is None else Dropout(seed.data_ptr(), reference.dropout_threshold(p), 1 / (1 - p))
     for t in (dy, lora_A, dS, seed):

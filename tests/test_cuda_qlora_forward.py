@@ -29,9 +29,16 @@ class QloraForward(ctypes.Structure):
     ]
 
 
-def launch(run: Run, case: QuantisedCase, S: Tensor, *, tile: str = "automatic", layout: str = "padded") -> Tensor:
+def launch(
+    run: Run, case: QuantisedCase, S: Tensor, *, tile: str = "automatic", layout: str = "padded", layout_out: str = "odd"
+) -> Tensor:
     (M, K), N, r = case.x.shape, case.weight.shape[0], case.lora_A.shape[0]
-    x, lora_B, S, y = laid_out(case.x, layout), laid_out(case.lora_B, "odd"), S.clone(), empty(M, N, case.x.dtype, "odd")
+    x, lora_B, S, y = (
+        laid_out(case.x, layout),
+        laid_out(case.lora_B, layout_out),
+        S.clone(),
+        empty(M, N, case.x.dtype, layout_out),
+    )
     bias = None if case.bias is None else case.bias.clone()
     for t in (x, lora_B, bias, S):
         if t is not None:

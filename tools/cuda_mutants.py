@@ -25,15 +25,16 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 import torch
-from cuda_cases import Case, Kernel, cases
 from cuda_code import demangled
-from ptx.device import Device
 from ptx_mutants import Entry, Mutant, drawn, entries
 from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from cuda_cases import Case, Kernel, cases
+from ptx.device import Device
 
 REASONS = Path(__file__).with_suffix(".tsv")
 ARCH = 80
@@ -163,7 +164,7 @@ def run_kernel(device: Device, kernel: Kernel, entry: Entry, each: int, jobs: in
 
 
 def run_all(device: Device, only: str, each: int, jobs: int) -> dict[Kernel, Result]:
-    """Kernels with few instructions of their own source's kind give more: `each` is of an instance, 12 times that of a single one."""
+    """`each` mutants of every instance; more where a source has few."""
     work = []
     for source, module in device.ptx(ARCH).items():
         some = entries(module)
@@ -204,7 +205,13 @@ def report(results: dict[Kernel, Result], why: dict[tuple[str, ...], str]) -> st
     instructions, executed = (sum(getattr(r, what) for r in results.values()) for what in ("instructions", "executed"))
     lines = []
     for reason in dict.fromkeys(why.get(r.key, "NOT EXPLAINED") for r in survivors):
-        lines += ["", f"**{reason}**", "", "| kernel | PTX line | .cu line | kind | before | after |", "|---|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"**{reason}**",
+            "",
+            "| kernel | PTX line | .cu line | kind | before | after |",
+            "|---|---|---|---|---|---|",
+        ]
         for r in survivors:
             if why.get(r.key, "NOT EXPLAINED") == reason:
                 text = (re.sub(r"_ZN\w+_param_0", "param", t) for t in (r.before, r.after))
@@ -218,8 +225,8 @@ Written by `tools/cuda_mutants.py`. One instruction of a kernel's PTX (compute_{
 **{1 - len(survivors) / len(rows):.1%}** are noticed. Survivors that are explained below count as survivors.
 
 Mutants are drawn, evenly over the kinds, from what the launches execute: {executed} of {instructions} instructions, in every
-instance of every kernel. The rest is paths that no launcher reaches, and in the forms that share gemm.cuh with `lora_forward` and
-`lora_backward_dx`, paths that are looked at there. Not drawn, since nothing could notice: cache hints.
+instance of every kernel. The rest is paths that no launcher reaches, and in the forms that share gemm.cuh with `lora_forward`
+and `lora_backward_dx`, paths that are looked at there. Not drawn, since nothing could notice: cache hints.
 
 What notices a mutant is what does so first. `executor`: it is refused. `time`: it does not end.
 

@@ -85,7 +85,10 @@ def changes(line: str, written: dict[str, str]) -> Iterator[tuple[str, str]]:
         if item[0] == "{" and not (name == "mma" and i in (0, 3)) and "param" not in opcode:
             registers = item[1:-1].split(",")
             if len(registers) > 1 and registers[0] != registers[1]:
-                yield "registers swapped", joined([*before, f"{{{','.join([registers[1], registers[0], *registers[2:]])}}}", *after])
+                yield (
+                    "registers swapped",
+                    joined([*before, f"{{{','.join([registers[1], registers[0], *registers[2:]])}}}", *after]),
+                )
         elif item[0] == "[":
             base, _, offset = item[1:-1].partition("+")
             for sign in (1, -1):
