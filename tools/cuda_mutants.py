@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from cuda_bounds import ROOT
 from cuda_code import demangled
 from ptx_mutants import Entry, Mutant, drawn, entries
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from cuda_cases import Case, Kernel, cases
