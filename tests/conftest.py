@@ -47,7 +47,10 @@ def executor() -> Device:
 @pytest.fixture(scope="session")
 def device(nvcc: str) -> Device:
     """The kernels of csrc/cuda on a device that runs PTX on the CPU."""
-    return Device()
+    device = Device()
+    device.library_path(80)
+    device.prepare(90)  # by the other core, while tests run
+    return device
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -9,6 +9,7 @@ run.counters
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -174,13 +175,19 @@ class Device:
     def __init__(self, sources: Sequence[Path] | None = None, flags: Sequence[str] = ()):
         self.sources = sorted((REPOSITORY / "csrc/cuda").glob("*.cu")) if sources is None else [Path(s) for s in sources]
         self.flags = list(flags)
-        self._built: dict[int, tuple[Path, dict[str, str]]] = {}
+        self._built: dict[int, Future[tuple[Path, dict[str, str]]]] = {}
         self._libraries: dict[int, ctypes.CDLL] = {}
 
-    def _build(self, arch: int) -> tuple[Path, dict[str, str]]:
+    def prepare(self, arch: int) -> None:
+        """Begins to compile, for whoever needs it later."""
         if arch not in self._built:
-            self._built[arch] = build(self.sources, arch, self.flags)
-        return self._built[arch]
+            pool = ThreadPoolExecutor(1)
+            self._built[arch] = pool.submit(build, self.sources, arch, self.flags)
+            pool.shutdown(wait=False)
+
+    def _build(self, arch: int) -> tuple[Path, dict[str, str]]:
+        self.prepare(arch)
+        return self._built[arch].result()
 
     def library_path(self, arch: int = 80) -> Path:
         return self._build(arch)[0]
