@@ -51,7 +51,14 @@ def make_layers(M: int, K: int, group: Sequence[tuple[int, int]], dtypes: Dtypes
 
 
 def forwards(
-    run: Run, layers: list[Case], *, grouped: bool, tile: str, layout: str = "plain", transposed: bool = False
+    run: Run,
+    layers: list[Case],
+    *,
+    grouped: bool,
+    tile: str,
+    layout: str = "plain",
+    layout_out: str | None = None,
+    transposed: bool = False,
 ) -> list[Tensor]:
     """y of every layer. S of all are columns of one matrix, as lora_down gives them for the lora_A of all."""
     x = laid_out(layers[0].x, layout)
@@ -61,7 +68,7 @@ def forwards(
         N, r = layer.lora_B.shape
         weight, lora_B = laid_out(layer.weight, layout, transposed), laid_out(layer.lora_B, layout)
         bias = None if layer.bias is None else layer.bias.clone()
-        y = empty(x.shape[0], N, x.dtype, layout)
+        y = empty(x.shape[0], N, x.dtype, layout_out or layout)
         inputs += [weight, lora_B, bias]
         results.append(y)
         ops.append(LoraForward(
@@ -127,14 +134,21 @@ def test_forward_s_work(gemms: Device) -> None:
 
 
 def backward_dx(
-    run: Run, layers: list[Case], *, tile: str, layout: str = "plain", transposed: bool = False, gate: Tensor | None = None
+    run: Run,
+    layers: list[Case],
+    *,
+    tile: str,
+    layout: str = "plain",
+    layout_out: str | None = None,
+    transposed: bool = False,
+    gate: Tensor | None = None,
 ) -> Tensor:
     (M, K), p = layers[0].x.shape, layers[0].dropout_p
     dS = torch.cat([(c.scaling * (c.dy.double() @ c.lora_B.double())).float() for c in layers], 1)
     lora_A = laid_out(torch.cat([layer.lora_A for layer in layers]), layout)
     seed = None if p == 0 else layers[0].seed.clone()
     dropout = Dropout(None, 0, 1.0) if seed is None else Dropout(seed.data_ptr(), reference.dropout_threshold(p), 1 / (1 - p))
-    dx = empty(M, K, layers[0].x.dtype, layout)
+    dx = empty(M, K, layers[0].x.dtype, layout_out or layout)
     operands = [(laid_out(layer.dy, layout), laid_out(layer.weight, layout, transposed)) for layer in layers]
     gate = None if gate is None else gate.clone()
     for t in (dS, lora_A, seed, gate, *itertools.chain(*operands)):

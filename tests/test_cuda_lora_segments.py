@@ -185,6 +185,7 @@ def forward(
     *,
     tile: str = "automatic",
     layout: str = "plain",
+    layout_out: str | None = None,
     transposed: bool = False,
     base: Tensor | None = None,
 ) -> Tensor:
@@ -193,7 +194,8 @@ def forward(
     x, S = laid_out(x, layout), S.clone()
     weight = None if weight is None else laid_out(weight, layout, transposed)
     bias = None if bias is None else bias.clone()
-    y = empty(M, N, x.dtype, layout) if base is None else laid_out(base, layout)
+    out = layout_out or layout
+    y = empty(M, N, x.dtype, out) if base is None else laid_out(base, out)
     for t in (x, weight, bias, S):
         if t is not None:
             run.register(t, readonly=True)
@@ -283,25 +285,30 @@ def test_forward_reads_the_weight_once(segmented: Device) -> None:
 def backward_dx(
     run: Run,
     dy: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     adapters: list[Adapter],
     dropout: Dropout | None,
     *,
     tile: str = "automatic",
     layout: str = "plain",
+    layout_out: str | None = None,
     transposed: bool = False,
+    base: Tensor | None = None,
 ) -> Tensor:
     """With dS of exact products, and NaN beyond a segment's rank."""
-    (M, N), K = dy.shape, weight.shape[1]
+    (M, N), K = dy.shape, adapters[0].A.shape[1]
     dS = torch.full((M, columns(adapters)), torch.nan)
     for a in adapters:
         dS[a.rows, : a.rank] = (a.scaling * (dy[a.rows].double() @ a.B.double())).float()
     segments, kept = on_device(run, adapters)
     drop, seed = device_dropout(dropout)
-    dx, lora_A = empty(M, K, dy.dtype, layout), matrix(adapters[0].A)
-    dy, weight = laid_out(dy, layout), laid_out(weight, layout, transposed)
+    out = layout_out or layout
+    dx = empty(M, K, dy.dtype, out) if base is None else laid_out(base, out)
+    lora_A, dy = matrix(adapters[0].A), laid_out(dy, layout)
+    weight = None if weight is None else laid_out(weight, layout, transposed)
     for t in (dy, weight, dS):
-        run.register(t, readonly=True)
+        if t is not None:
+            run.register(t, readonly=True)
     lora_A.data = None
     op = LoraBackwardDx(M, K, N, dS.shape[1], matrix(dy), matrix(weight), lora_A, matrix(dx), dS.data_ptr(), drop, TILES[tile])
     call(run, "lora_backward_dx_segments", op, segments)

@@ -3,9 +3,9 @@
     python tools/cuda_mutants.py                writes docs/cuda_mutants.md; minutes on two cores
     python tools/cuda_mutants.py --kernel lora_down --each 100 --out /tmp
 
-A mutant runs behind the real launch code on the executor of tests/ptx, in the launches of tests/cuda_cases.py, which the suite
-runs as they are. Each is a process of its own. It is noticed if the suite would notice: values leave the tolerance policy of
-tests/compare.py, a checker reports, a counter is another one; or if the executor refuses it, or it does not come to an end.
+A mutant runs behind the real launch code on the executor of tests/ptx, in the launches of tests/cuda_cases, of which the suite
+runs those of unlike instances and some of the others. Each is a process of its own. It is noticed if a value is another one, a
+checker reports, a counter is another one; or if the executor refuses it, or it does not come to an end.
 
 Every kernel instance gives the same number of mutants, spread evenly over the kinds of changes: drawn from all instructions
 alike, mov and mma of unrolled loops would be most of them. The draw is a function of the kernel's name.
@@ -15,7 +15,9 @@ Why a survivor does no harm is written down in cuda_mutants.tsv: .cu file, kind,
 
 import argparse
 import csv
+import functools
 import hashlib
+import inspect
 import os
 import pickle
 import re
@@ -35,12 +37,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from cuda_cases import Case, Kernel, cases
+from cuda_cases import OPS, Case, Kernel, cases
 from ptx.device import Device
 
 REASONS = Path(__file__).with_suffix(".tsv")
 CACHE = ROOT / "build" / "cuda_mutants"
-CASES = (ROOT / "tests" / "cuda_cases.py").read_text()
 ARCH = 80
 SURVIVED = "survived"
 
@@ -55,6 +56,7 @@ class Known(NamedTuple):
 def baseline(device: Device, kernel: Kernel, entry: Entry) -> list[Known]:
     found = []
     for case in cases(kernel, device):
+        case = case._replace(exact=functools.cache(case.exact), eager=case.eager and functools.cache(case.eager))
         with device.run(ARCH) as run:
             results = case.launch(run)
         counters = run.counters.matching(entry=entry.name)
@@ -181,7 +183,8 @@ def run_all(device: Device, only: str, each: int, jobs: int) -> dict[Kernel, Res
     results = {}
     for kernel, entry, count in (bar := tqdm(work, unit="kernel")):
         bar.set_description(kernel.source)
-        kept = CACHE / hashlib.sha256("".join([entry.text, CASES, str(count)]).encode()).hexdigest()
+        made_in = (inspect.getsource(inspect.getmodule(of)) for of in (Case, OPS[kernel.source]))
+        kept = CACHE / hashlib.sha256("".join([entry.text, *made_in, str(count)]).encode()).hexdigest()
         if not kept.exists():
             device.load_module(kernel.source, entry.text, ARCH)
             result = run_kernel(device, kernel, entry, count, jobs)
@@ -232,8 +235,8 @@ def report(results: dict[Kernel, Result], why: dict[tuple[str, ...], str]) -> st
                 lines.append(f"| {name} | {r.ptx_line} | {r.cuda_line} | {r.kind} | {before} | {after} |")
     return f"""# CUDA kernels: mutants
 
-Written by `tools/cuda_mutants.py`. One instruction of a kernel's PTX (compute_{ARCH}) is changed, and the suite's launches
-(`tests/cuda_cases.py`) must notice: {len(rows)} mutants of {len(results)} kernel instances, of which
+Written by `tools/cuda_mutants.py`. One instruction of a kernel's PTX (compute_{ARCH}) is changed, and the launches of
+`tests/cuda_cases`, most of which the suite runs, must notice: {len(rows)} mutants of {len(results)} kernel instances, of which
 **{1 - len(survivors) / len(rows):.1%}** are noticed. Survivors that are explained below count as survivors.
 
 Mutants are drawn, evenly over the kinds, from what the launches execute: {executed} of {instructions} instructions, in every

@@ -25,8 +25,6 @@
 // architecture; per step and warp 64 mma, 16 ldmatrix, 8 cp.async.
 #pragma once
 
-#include <type_traits>
-
 #include "low_rank.cuh"
 
 namespace lora_ops {
@@ -178,15 +176,15 @@ __device__ __forceinline__ void multiply(Accumulators<TileT>& acc, const uint32_
 
 // Of a vector (columns) in fp32 or T, if there is one.
 template <class T>
-__device__ __forceinline__ float at_column(const void* vector, bool f32, const Gemm& p, int column, float otherwise) {
-  if (vector == nullptr || column >= p.columns) return otherwise;
+__device__ __forceinline__ float at_column(const void* vector, bool f32, int columns, int column, float otherwise) {
+  if (vector == nullptr || column >= columns) return otherwise;
   return f32 ? static_cast<const float*>(vector)[column] : to_float(static_cast<const T*>(vector)[column]);
 }
 
 // out = out_scale ∘ acc + bias, or out = out_scale ∘ (out + acc) + bias, through shared memory, so that global memory sees 16
 // neighbouring bytes per thread.
-template <class T, class TileT>
-__device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const Gemm& p, uint32_t shared, int row0,
+template <class T, class TileT, class P>
+__device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const P& p, uint32_t shared, int row0,
                                           int column0) {
   constexpr int kRowBytes = TileT::kColumns * 2, kChunks = TileT::kColumns / kVectorElements,
                 kPassRows = kGemmThreads / kChunks;
@@ -215,8 +213,8 @@ __device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const 
     float scale[2], bias[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      scale[e] = at_column<T>(p.out_scale, p.out_scale_f32, p, column0 + column + e, 1.f);
-      bias[e] = at_column<T>(p.bias, p.bias_f32, p, column0 + column + e, 0.f);
+      scale[e] = at_column<T>(p.out_scale, p.out_scale_f32, p.columns, column0 + column + e, 1.f);
+      bias[e] = at_column<T>(p.bias, p.bias_f32, p.columns, column0 + column + e, 0.f);
     }
 #pragma unroll
     for (int i = 0; i < 2 * TileT::kMmasM; ++i) {
@@ -260,8 +258,8 @@ __device__ __forceinline__ int2 tile_of_block(int tiles_m, int tiles_n) {
 }
 
 // acc += left rightᵀ
-template <class T, class TileT>
-__device__ __forceinline__ void add_low_rank(Accumulators<TileT>& acc, const Gemm& p, int row0, int column0) {
+template <class T, class TileT, class P>
+__device__ __forceinline__ void add_low_rank(Accumulators<TileT>& acc, const P& p, int row0, int column0) {
   if (p.right_f32) {
     multiply_low_rank<TileT, Bf16, float>(acc, p, AllRows{p.M}, row0, column0);
   } else {
@@ -270,8 +268,8 @@ __device__ __forceinline__ void add_low_rank(Accumulators<TileT>& acc, const Gem
 }
 
 // `in` and `weight` are copies as above, or anything else whose start(stage) brings its next step's tile into shared memory,
-// by cp.async or by stores, and WeightT is what loads fragments of the weight from there. P is Gemm, or a struct derived from
-// it with an add_low_rank of its own.
+// by cp.async or by stores, and WeightT is what loads fragments of the weight from there. P is derived from Gemm, and may have an
+// add_low_rank of its own.
 template <class T, class TileT, class WeightT, bool kDropout, class P, class InCopies, class WeightCopies>
 __device__ __forceinline__ void gemm(const P& p, int row0, int column0, int steps, InCopies in, WeightCopies weight) {
   const uint32_t shared = shared_address(shared_memory());
@@ -331,14 +329,14 @@ __device__ __forceinline__ void gemm_tile(const P& p, int2 tile) {
   using WeightCopies = std::conditional_t<kWeightRows, RowCopies<TileT::kColumns, TileT::kDepth, kVector>,
                                           ColumnCopies<TileT::kColumns, TileT::kDepth, kVector>>;
   const int row0 = tile.x * TileT::kRows, column0 = tile.y * TileT::kColumns;
-  const int steps = p.accumulate ? 0 : (p.depth + TileT::kDepth - 1) / TileT::kDepth;
+  const int steps = p.accumulate ? 0 : steps_of(p.depth, TileT::kDepth);
   gemm<T, TileT, WeightFragments<TileT, kWeightRows>, kDropout>(
       p, row0, column0, steps, InCopies(p.in, p.in_stride, row0, p.M, p.depth),
       WeightCopies(p.weight, p.weight_stride, column0, p.columns, p.depth));
 }
 
 template <class T, class TileT, bool kWeightRows, bool kVector, bool kDropout>
-__global__ void __launch_bounds__(kGemmThreads, 2) gemm_kernel(const __grid_constant__ Gemm p) {
+__global__ void __launch_bounds__(kGemmThreads, 2) gemm_kernel(const __grid_constant__ GemmOf<kDropout> p) {
   gemm_tile<T, TileT, kWeightRows, kVector, kDropout>(p, tile_of_block(p.tiles_m, p.tiles_n));
 }
 

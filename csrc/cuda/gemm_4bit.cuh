@@ -26,8 +26,9 @@
 
 namespace lora_ops {
 
+template <bool kDropout>
 struct Gemm4Bit {
-  Gemm gemm;
+  Plain<WithWeight<GemmOf<kDropout>>> gemm;
   CudaQuantizedWeight weight;
   int64_t row_weights;  // K, half as many bytes of codes
   int shift;            // of the block size
@@ -52,13 +53,13 @@ struct Tile4Bit : TileT {
 };
 
 // Brings codes and scales into a stage. The scales of a step are sent for a step ahead, so that nobody waits for them.
-template <class TileT>
+template <class TileT, bool kDropout>
 struct Copies4Bit {
   static constexpr bool kWeightRows = TileT::kWeightRows;
   static constexpr int kPieces = kChunkBytes / kVectorBytes, kPassRows = kGemmThreads / kPieces;
   static constexpr int kPasses = TileT::kWeightTileRows / kPassRows;
   static_assert(kPassRows % 8 == 0, "a pass below, the swizzle is the same");
-  const Gemm4Bit& p;
+  const Gemm4Bit<kDropout>& p;
   const uint8_t* from[kPasses];
   uint32_t to;
   int left;        // of depth, from this thread's row in the first pass on
@@ -67,7 +68,7 @@ struct Copies4Bit {
   ChunkScales scales;
 
   // For the tile that begins at `column0` of out.
-  __device__ Copies4Bit(const Gemm4Bit& p_, int column0) : p(p_) {
+  __device__ Copies4Bit(const Gemm4Bit<kDropout>& p_, int column0) : p(p_) {
     const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) from[i] = p.weight.codes + at(column0, row + i * kPassRows) / 2 + piece * kVectorBytes;
@@ -176,14 +177,14 @@ struct Fragments4Bit {
 };
 
 template <class T, class TileT, bool kDropout>
-__global__ void __launch_bounds__(kGemmThreads, 2) gemm_4bit_kernel(const __grid_constant__ Gemm4Bit p) {
+__global__ void __launch_bounds__(kGemmThreads, 2) gemm_4bit_kernel(const __grid_constant__ Gemm4Bit<kDropout> p) {
   using InCopies = RowCopies<TileT::kRows, TileT::kDepth, true>;
   store_values(shared_address(shared_memory()) + TileT::kStagesBytes, p.values);
   const int2 tile = tile_of_block(p.gemm.tiles_m, p.gemm.tiles_n);
   const int row0 = tile.x * TileT::kRows, column0 = tile.y * TileT::kColumns;
-  gemm<T, TileT, Fragments4Bit<T, TileT>, kDropout>(p.gemm, row0, column0, (p.gemm.depth + TileT::kDepth - 1) / TileT::kDepth,
+  gemm<T, TileT, Fragments4Bit<T, TileT>, kDropout>(p.gemm, row0, column0, steps_of(p.gemm.depth, TileT::kDepth),
                                                     InCopies(p.gemm.in, p.gemm.in_stride, row0, p.gemm.M, p.gemm.depth),
-                                                    Copies4Bit<TileT>(p, column0));
+                                                    Copies4Bit<TileT, kDropout>(p, column0));
 }
 
 }  // namespace lora_ops

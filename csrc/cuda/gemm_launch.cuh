@@ -55,6 +55,7 @@ inline bool vectors(const Gemm& p) {
 // Kernel::instance<T, TileT, kWeightRows, kVector>() is the kernel, and P what it takes.
 template <bool kDropout>
 struct GemmKernel {
+  using Params = GemmOf<kDropout>;
   template <class T, class TileT, bool kWeightRows, bool kVector>
   static auto instance() {
     return gemm_kernel<T, TileT, kWeightRows, kVector, kDropout>;
@@ -98,7 +99,7 @@ void launch_gemm(const DenseGemm& op, const P& p, int64_t columns, bool vector, 
 }
 template <class Kernel>
 void launch_gemm(const DenseGemm& op, void* stream) {
-  launch_gemm<Kernel>(op, op.gemm, op.gemm.columns, vectors(op.gemm), stream);
+  launch_gemm<Kernel>(op, typename Kernel::Params{op.gemm}, op.gemm.columns, vectors(op.gemm), stream);
 }
 
 // What is said of every product: out (M, columns) = in (M, depth) · weightᵀ + factor · drop'(left rightᵀ) + bias, with right

@@ -13,9 +13,10 @@
 namespace lora_ops {
 
 // The Gemm's right is null, and its rank that of the widest adapter.
-struct SegmentedGemm : Gemm {
+template <bool kDropout>
+struct SegmentedGemm : Plain<GemmOf<kDropout>> {
+  static constexpr bool kBackward = kDropout;  // right is lora_A transposed, and left holds the scaling; else lora_B
   Segments segments;
-  bool backward;  // right is lora_A transposed, and left holds the scaling; else lora_B
 };
 
 struct SegmentRows {
@@ -29,8 +30,9 @@ struct SegmentRows {
   }
 };
 
-template <class T, class TileT>
-__device__ __forceinline__ void add_low_rank(Accumulators<TileT>& acc, const SegmentedGemm& p, int row0, int column0) {
+template <class T, class TileT, bool kDropout>
+__device__ __forceinline__ void add_low_rank(Accumulators<TileT>& acc, const SegmentedGemm<kDropout>& p, int row0,
+                                             int column0) {
   const Segments& segments = p.segments;
   const int warp_row = row0 + Place<TileT>().warp_row, warp_end = min(warp_row + TileT::kMmasM * kMmaM, p.M);
   if (warp_row >= warp_end) return;
@@ -42,15 +44,15 @@ __device__ __forceinline__ void add_low_rank(Accumulators<TileT>& acc, const Seg
     end = segments.first_row[segment + 1];
     const SegmentAdapter adapter = segments.adapters[segment];
     if (first == end || adapter.rank == 0) continue;
-    const SegmentRows rows{first, end, p.backward ? 1.f : adapter.scaling};
+    const SegmentRows rows{first, end, p.kBackward ? 1.f : adapter.scaling};
     const uintptr_t alignment = 4 * (p.right_f32 ? sizeof(float) : sizeof(T));
-    Gemm one = p;
+    Plain<Gemm> one{p};
     one.rank = adapter.rank;
-    one.right = p.backward ? adapter.lora_A : adapter.lora_B;
-    one.right_column_stride = p.backward ? 1 : adapter.rank;
-    one.right_rank_stride = p.backward ? p.columns : 1;
+    one.right = p.kBackward ? adapter.lora_A : adapter.lora_B;
+    one.right_column_stride = p.kBackward ? 1 : adapter.rank;
+    one.right_rank_stride = p.kBackward ? p.columns : 1;
     one.left_vector = p.left_vector && adapter.rank % 4 == 0;
-    one.right_vector = !p.backward && adapter.rank % 4 == 0 && reinterpret_cast<uintptr_t>(one.right) % alignment == 0;
+    one.right_vector = !p.kBackward && adapter.rank % 4 == 0 && reinterpret_cast<uintptr_t>(one.right) % alignment == 0;
     if (p.right_f32) {
       multiply_low_rank<TileT, Bf16, float>(acc, one, rows, row0, column0);
     } else {
@@ -60,7 +62,7 @@ __device__ __forceinline__ void add_low_rank(Accumulators<TileT>& acc, const Seg
 }
 
 template <class T, class TileT, bool kWeightRows, bool kVector, bool kDropout>
-__global__ void __launch_bounds__(kGemmThreads, 2) gemm_segments_kernel(const __grid_constant__ SegmentedGemm p) {
+__global__ void __launch_bounds__(kGemmThreads, 2) gemm_segments_kernel(const __grid_constant__ SegmentedGemm<kDropout> p) {
   gemm_tile<T, TileT, kWeightRows, kVector, kDropout>(p, tile_of_block(p.tiles_m, p.tiles_n));
 }
 
@@ -73,9 +75,11 @@ struct GemmSegmentsKernel {
 };
 
 template <bool kDropout>
-void launch_segments(const DenseGemm& op, const Segments& segments, bool backward, void* stream) {
+void launch_segments(const DenseGemm& op, const Segments& segments, void* stream) {
   require(segments.count >= 1, op.name, "takes one segment or more", op.shapes);
-  SegmentedGemm p{op.gemm, segments, backward};
+  require(op.gemm.gate == nullptr && op.gemm.out_scale == nullptr, op.name, "takes neither a gate nor an output scale",
+          op.shapes);
+  SegmentedGemm<kDropout> p{{{op.gemm}}, segments};
   p.left_vector = aligned(p.left, p.left_stride, 4, DType::f32);
   launch_gemm<GemmSegmentsKernel<kDropout>>(op, p, p.columns, vectors(p), stream);
 }

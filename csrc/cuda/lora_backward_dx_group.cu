@@ -15,7 +15,7 @@ struct Product {
 };
 
 // The Gemm is all but the dense products, and has no `in`, `weight` and `depth`.
-struct GemmSum : Gemm {
+struct GemmSum : WithWeight<GemmDx> {
   int count;
   Product products[kMaxGroup];
 };
@@ -41,7 +41,7 @@ struct SumCopies {
     weight.start(stage + TileT::kInBytes);
     --left;
   }
-  __device__ int steps(int i) const { return (p.products[i].depth + TileT::kDepth - 1) / TileT::kDepth; }
+  __device__ int steps(int i) const { return steps_of(p.products[i].depth, TileT::kDepth); }
 
  private:
   __device__ InCopies in_of(int i) const { return {p.products[i].in, p.products[i].in_stride, row0, p.M, p.products[i].depth}; }
@@ -81,7 +81,7 @@ void launch_lora_backward_dx_group(const CudaLoraBackwardDx* ops, int count, voi
   require(count >= 1 && count <= kMaxGroup, name, "takes one to four layers", shape("count", count));
   if (count == 1) return launch_lora_backward_dx(ops[0], stream);
   const DenseGemm first = gemm_of(name, ops[0]);
-  GemmSum sum{first.gemm, count, {}};
+  GemmSum sum{{{first.gemm}}, count, {}};
   bool vector = true;
   for (int i = 0; i < count; ++i) {
     CudaLoraBackwardDx layer = ops[0];

@@ -7,7 +7,7 @@
 namespace lora_ops {
 
 void launch_lora_backward_dx_segments(const CudaLoraBackwardDx& p, const Segments& segments, void* stream) {
-  launch_segments<true>(gemm_of("lora_backward_dx_segments", p), segments, true, stream);
+  launch_segments<true>(gemm_of("lora_backward_dx_segments", p), segments, stream);
 }
 
 }  // namespace lora_ops

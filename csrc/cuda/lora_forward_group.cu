@@ -11,7 +11,7 @@ namespace {
 struct GemmGroup {
   int tiles_m, tiles_n;       // of all layers
   int first_tile[kMaxGroup];  // of a layer's columns. Layers that do not exist have no columns, behind all others
-  Gemm layer[kMaxGroup];
+  WithWeight<Gemm> layer[kMaxGroup];
 };
 
 template <class T, class TileT, bool kWeightRows, bool kVector>
@@ -52,7 +52,8 @@ void launch_lora_forward_group(const CudaLoraForward* ops, int count, void* stre
   bool vector = true;
   for (int i = 0; i < count; ++i) {
     const DenseGemm op = gemm_of(name, ops[i]);
-    const Gemm& p = group.layer[i] = op.gemm;
+    const Gemm& p = op.gemm;
+    group.layer[i] = {p};
     require(p.in == first.gemm.in && p.in_stride == first.gemm.in_stride && p.M == first.gemm.M && p.depth == first.gemm.depth,
             name, "layers share x", op.shapes);
     require(

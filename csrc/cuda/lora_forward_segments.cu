@@ -7,7 +7,7 @@
 namespace lora_ops {
 
 void launch_lora_forward_segments(const CudaLoraForward& p, const Segments& segments, void* stream) {
-  launch_segments<false>(gemm_of("lora_forward_segments", p), segments, false, stream);
+  launch_segments<false>(gemm_of("lora_forward_segments", p), segments, stream);
 }
 
 }  // namespace lora_ops

@@ -8,6 +8,8 @@
 // Infinite or NaN operands in two parts give NaN.
 #pragma once
 
+#include <type_traits>
+
 #include "params.h"
 #include "tile.cuh"
 
@@ -61,6 +63,24 @@ struct Gemm {
   bool out_scale_f32;
 };
 
+// What is constant in some kernels hides the member that it is a value of, and the compiler leaves out what depends on it.
+struct GemmDx : Gemm {
+  static constexpr const void *out_scale = nullptr, *bias = nullptr;
+};
+template <class P>
+struct WithWeight : P {
+  static constexpr bool accumulate = false;
+};
+template <class P>
+struct Plain : P {
+  static constexpr const void* out_scale = nullptr;
+  static constexpr const float* gate = nullptr;
+};
+
+// kDropout: dx, whose kernels alone have dropout in them.
+template <bool kDropout>
+using GemmOf = std::conditional_t<kDropout, GemmDx, Gemm>;
+
 template <class TileT>
 using Accumulators = float[TileT::kMmasM][TileT::kMmasN][4];
 
@@ -106,8 +126,8 @@ struct AllRows {
 // acc += (left ∘ gate) rightᵀ with Part the type of the parts of which an operand has one (V = Part) or two (V = float).
 //
 // An mma's 16 depths may be any 16 ranks in any order as long as A and B agree: a thread's are four neighbours, one load.
-template <class TileT, class Part, class V, class Rows>
-__device__ __forceinline__ void multiply_low_rank(Accumulators<TileT>& acc, const Gemm& p, Rows rows, int row0, int column0) {
+template <class TileT, class Part, class V, class P, class Rows>
+__device__ __forceinline__ void multiply_low_rank(Accumulators<TileT>& acc, const P& p, Rows rows, int row0, int column0) {
   constexpr bool kTwoParts = sizeof(V) == 4;
   constexpr int kM = TileT::kMmasM, kN = TileT::kMmasN;
   constexpr int kTogether = kN < 4 ? kN : 4;  // columns whose loads are under way together; more cost registers

@@ -18,7 +18,7 @@ void launch_qlora_backward_dx(const CudaQloraBackwardDx& p, void* stream) {
   const std::string sizes = shapes("M", p.M, "K", p.K, "N", p.N, "r", p.r);
   const float keep_scale = p.dropout.threshold > 0 ? p.dropout.keep_scale : 1.f;
   const Gemm gemm = describe(name, p.M, p.K, p.N, p.r, p.dy, p.dS, transpose(p.lora_A), keep_scale, {}, p.dropout, p.dx, sizes);
-  const Gemm4Bit with = with_weight(name, gemm, p.dy, p.weight, p.K, sizes);
+  const auto with = with_weight<true>(name, gemm, p.dy, p.weight, p.K, sizes);
   if (p.dx.dtype == DType::bf16) {
     launch_tile_4bit<Bf16, BackwardDx, true>(name, with, stream, sizes);
   } else {

@@ -14,7 +14,7 @@ using SmallForward = Tile4Bit<Tile<32, 64, 128, 1, 3>, true>;
 using MediumForward = Tile4Bit<Tile<64, 128, 128, 1, 3>, true>;
 
 template <class T>
-void launch_typed_4bit(const Gemm4Bit& p, GemmTile tile, void* stream, const std::string& sizes) {
+void launch_typed_4bit(const Gemm4Bit<false>& p, GemmTile tile, void* stream, const std::string& sizes) {
   const bool small = tile == GemmTile::automatic ? p.gemm.M <= SmallForward::kRows : tile == GemmTile::small;
   if (small) return launch_tile_4bit<T, SmallForward, false>("qlora_forward", p, stream, sizes);
   launch_tile_4bit<T, MediumForward, false>("qlora_forward", p, stream, sizes);
@@ -27,7 +27,7 @@ void launch_qlora_forward(const CudaQloraForward& p, void* stream) {
   const char* name = "qlora_forward";
   const std::string sizes = shapes("M", p.M, "K", p.K, "N", p.N, "r", p.r);
   const Gemm gemm = describe(name, p.M, p.N, p.K, p.r, p.x, p.S, p.lora_B, p.scaling, p.bias, {}, p.y, sizes);
-  const Gemm4Bit with = with_weight(name, gemm, p.x, p.weight, p.K, sizes);
+  const auto with = with_weight<false>(name, gemm, p.x, p.weight, p.K, sizes);
   if (p.y.dtype == DType::bf16) {
     launch_typed_4bit<Bf16>(with, p.tile, stream, sizes);
   } else {

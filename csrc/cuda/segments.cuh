@@ -10,7 +10,7 @@ template <class Begins>
 __device__ __forceinline__ int last_segment(const Segments& segments, Begins begins) {
   int segment = 0;
   for (int end = segments.count; end - segment > 1;) {
-    const int middle = (segment + end) / 2;
+    const int middle = static_cast<unsigned>(segment + end) / 2;
     if (begins(middle)) {
       segment = middle;
     } else {

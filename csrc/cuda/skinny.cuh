@@ -101,13 +101,12 @@ __device__ __forceinline__ void load_tile(typename AnyTile::Element* tile, const
     const uint32_t target = shared_address(tile + AnyTile::offset(first_row, col));
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int count = first_row + i * kRowStep < rows ? bytes : 0;
-      cp_async16(target + i * kThreads * kVectorBytes, count > 0 ? source : from.data, count);
+      cp_async16(target + i * kThreads * kVectorBytes, source, first_row + i * kRowStep < rows ? bytes : 0);
       source += kRowStep * from.stride;
     }
   } else {
 #pragma unroll 2
-    for (int i = threadIdx.x; i < AnyTile::kRows * AnyTile::kCols; i += kThreads) {
+    for (unsigned i = threadIdx.x; i < AnyTile::kRows * AnyTile::kCols; i += kThreads) {
       const int row = i / AnyTile::kCols, col = i % AnyTile::kCols;
       const bool inside = row < from.rows && col < from.cols;
       tile[AnyTile::offset(row, col)] = inside ? from.data[row * from.stride + col] : E{};

@@ -18,9 +18,9 @@ uint32_t Machine::check_shared(const uint64_t* address, uint32_t active, int byt
 
 bool Machine::check_shared(uint64_t address, int lane, int bytes, Access access) {
   const char* const verb = access == Access::kRead ? "read" : "write";
-  if (address + bytes > shared_bytes_) {
-    report("memcheck", lane, "%s of %d bytes at %llu of %u bytes of shared memory is out of bounds", verb, bytes,
-           static_cast<unsigned long long>(address), shared_bytes_);
+  if (address < kFirstShared || address + bytes > shared_bytes_) {
+    report("memcheck", lane, "%s of %d bytes at %lld of %lld bytes of shared memory is out of bounds", verb, bytes,
+           static_cast<long long>(address) - kFirstShared, static_cast<long long>(shared_bytes_) - kFirstShared);
     return false;
   }
   if (address % bytes != 0) {
@@ -55,7 +55,7 @@ bool Machine::check_shared(uint64_t address, int lane, int bytes, Access access)
 
 void Machine::explain_shared(size_t granule, int lane, Stamp now, Access access) {
   const Stamp writer = shared.writers[granule], reader = shared.readers[granule];
-  const unsigned long long at = granule * shared.granule;
+  const unsigned long long at = granule * shared.granule - kFirstShared;
   const auto who = [](Stamp stamp) { return stamp & kWhoMask; };
   if (writer == kInFlight) {
     report("racecheck", lane, "%s of shared byte %llu, which a cp.async in flight writes: no wait before it",

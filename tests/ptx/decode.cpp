@@ -45,7 +45,7 @@ Slot Decoder::allocate(int bytes_per_lane) {
 void Decoder::place_shared(const std::string& name, const Variable& variable) {
   if (variable.space != Space::kShared) fail("variable " + name + ": only shared variables lie in a kernel");
   const uint32_t at = (kernel.static_shared_bytes + variable.alignment - 1) / variable.alignment * variable.alignment;
-  shared_[name] = at;
+  shared_[name] = kFirstShared + at;
   kernel.static_shared_bytes = at + static_cast<uint32_t>(variable.bytes);
 }
 
@@ -78,7 +78,7 @@ void Decoder::finish() {
   end.flow = Flow::kExit;
   end.text = "the end of the kernel";
   kernel.code.push_back(end);
-  kernel.dynamic_shared_offset = (kernel.static_shared_bytes + 127) / 128 * 128;
+  kernel.dynamic_shared_offset = kFirstShared + (kernel.static_shared_bytes + 127) / 128 * 128;
   for (const auto& [slot, bytes] : dynamic_shared_) {
     for (int lane = 0; lane < kWarpSize; ++lane) {
       uint64_t address;

@@ -68,6 +68,8 @@ struct Parameter {
   uint32_t offset, bytes;
 };
 
+constexpr uint32_t kFirstShared = 1024;  // what is below is the system's, as from sm_80 on
+
 struct Kernel {
   std::string name;
   std::vector<Instruction> code;
