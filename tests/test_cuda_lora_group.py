@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from compare import BF16, F16, F32, Case, Dtypes, assert_within_bound, error
-from cuda_structs import TILES, Dropout, LoraBackwardDx, LoraForward, call, empty, laid_out, matrix
+from cuda_structs import TILES, Dropout, LoraBackwardDx, LoraForward, call, empty, laid_out, matrix, strides
 from ptx.build import REPOSITORY
 from ptx.device import Device, Run
 from torch import Tensor
@@ -59,21 +59,24 @@ def forwards(
     layout: str = "plain",
     layout_out: str | None = None,
     transposed: bool = False,
+    gates: Sequence[Tensor | None] = (),
+    scales: Sequence[Tensor | None] = (),
 ) -> list[Tensor]:
     """y of every layer. S of all are columns of one matrix, as lora_down gives them for the lora_A of all."""
     x = laid_out(layers[0].x, layout)
     S = (layers[0].x.double() @ torch.cat([layer.lora_A for layer in layers]).double().T).float()
     inputs, ops, results, column = [x, S], [], [], 0
-    for layer in layers:
+    for layer, gate, m in itertools.zip_longest(layers, gates, scales):
         N, r = layer.lora_B.shape
+        gate, m = (None if t is None else t.clone() for t in (gate, m))
         weight, lora_B = laid_out(layer.weight, layout, transposed), laid_out(layer.lora_B, layout)
         bias = None if layer.bias is None else layer.bias.clone()
         y = empty(x.shape[0], N, x.dtype, layout_out or layout)
-        inputs += [weight, lora_B, bias]
+        inputs += [weight, lora_B, bias, gate, m]
         results.append(y)
         ops.append(LoraForward(
             *x.shape, N, r, *map(matrix, (x, weight, lora_B, bias, y)), S[:, column:].data_ptr(), layer.scaling, TILES[tile],
-            S.stride(0),
+            S.stride(0), *strides(gate), matrix(m),
         ))  # fmt: skip
         column += r
     for t in inputs:

@@ -349,3 +349,17 @@ def test_backward_dx(segmented: Device, dtypes: Dtypes, batch: list[tuple[int, i
             dx = backward_dx(run, dy, weight, adapters, dropout, tile=tile)
         of = (dy, weight, adapters, dropout)
         assert_within_bound({"dx": error(dx, dx_value(*of), dx_value(*of, torch.float64))})
+
+
+def test_refuses_gate_and_output_scale(segmented: Device) -> None:
+    adapters, x, weight = make_adapters([(8, 4)], 16, 8, BF16), normal(8, 16, dtype=BF16), normal(8, 16, dtype=BF16)
+    for name, value in (("gate", torch.ones(4).data_ptr()), ("m", matrix(torch.ones(8)))):
+        with segmented.run() as run:
+            segments, kept = on_device(run, adapters)
+            lora_B, y = matrix(adapters[0].B), torch.zeros(8, 8, dtype=BF16)
+            op = LoraForward(8, 16, 8, 4, matrix(x), matrix(weight), lora_B, matrix(None), matrix(y), x.data_ptr(), 1.0, 0)
+            setattr(op, name, value)
+            with pytest.raises(RuntimeError, match="neither a gate nor an output scale"):
+                call(run, "lora_forward_segments", op, segments)
+            del kept
+        assert y.eq(0).all()

@@ -30,12 +30,19 @@ class QloraForward(ctypes.Structure):
 
 
 def launch(
-    run: Run, case: QuantisedCase, S: Tensor, *, tile: str = "automatic", layout: str = "padded", layout_out: str = "odd"
+    run: Run,
+    case: QuantisedCase,
+    S: Tensor,
+    *,
+    tile: str = "automatic",
+    layout: str = "padded",
+    layout_out: str = "odd",
+    adapter_transposed: bool = False,
 ) -> Tensor:
     (M, K), N, r = case.x.shape, case.weight.shape[0], case.lora_A.shape[0]
     x, lora_B, S, y = (
         laid_out(case.x, layout),
-        laid_out(case.lora_B, layout_out),
+        laid_out(case.lora_B, layout_out, adapter_transposed),
         S.clone(),
         empty(M, N, case.x.dtype, layout_out),
     )

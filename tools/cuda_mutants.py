@@ -50,7 +50,7 @@ class Known(NamedTuple):
     """A case that is right, and the lines that it executes."""
 
     case: Case
-    executed: set[int]
+    executed: set[int]  # from 1
 
 
 def baseline(device: Device, kernel: Kernel, entry: Entry) -> list[Known]:
@@ -155,18 +155,18 @@ def run_kernel(device: Device, kernel: Kernel, entry: Entry, each: int, jobs: in
     known = baseline(device, kernel, entry)
     cpu_seconds = 0.3 + 3 * (time.process_time() - start)  # more is an endless loop
     executed = set().union(*(k.executed for k in known))
-    mutants = {kind: [m for m in some if entry.reached(m.line, executed)] for kind, some in entry.mutants().items()}
+    mutants = {kind: [m for m in some if m.line + 1 in executed] for kind, some in entry.mutants().items()}
     chosen = drawn(mutants, each, f"{kernel.source} {kernel.name}")
 
     def job(mutant: Mutant) -> Callable[[], str]:
-        some = [k for k in known if entry.reached(mutant.line, k.executed)]  # elsewhere it is not run
+        some = [k for k in known if mutant.line + 1 in k.executed]  # elsewhere it is not run
         return lambda: outcome(device, kernel, entry, entry.with_(mutant), some)
 
     rows = []
     for m, text in in_children(((m, job(m)) for m in chosen), jobs, cpu_seconds):
         after = "" if m.kind == "dropped" else " ".join(m.after.split())
         rows.append(Row(kernel, m.kind, entry.ptx_line(m.line), entry.source(m.line), " ".join(m.before.split()), after, text))
-    return Result(rows, len(entry.instructions()), sum(entry.reached(line, executed) for line in entry.instructions()))
+    return Result(rows, len(entry.instructions()), sum(line + 1 in executed for line in entry.instructions()))
 
 
 def run_all(device: Device, only: str, each: int, jobs: int) -> dict[Kernel, Result]:

@@ -48,8 +48,10 @@ def _masks(mask: int) -> tuple[int, int]:
     return mask ^ low, mask | low >> 1 if low > 1 else mask | mask + 1
 
 
-def changes(line: str, written: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Kind and text of every mutant of one line of PTX. `written`: by type, the register that was written last before it."""
+def changes(line: str, written: dict[str, str], constants: dict[str, str] | None = None) -> Iterator[tuple[str, str]]:
+    """Kind and text of every mutant of one line of PTX. `written`: by type, the register that was written last before it.
+    `constants`: of registers whose value is known, the number; another one of the same value is no change."""
+    constants = constants or {}
     parts = re.fullmatch(r"(\s*)(@!?%p\d+\s+)?([a-z][\w.]*)(\s+.*)?;(.*)", line)
     if not parts:
         return
@@ -80,7 +82,8 @@ def changes(line: str, written: dict[str, str]) -> Iterator[tuple[str, str]]:
         yield "operands swapped", joined([items[0], items[2], items[1], *items[3:]])
     for i, item in enumerate(items):
         before, after = items[:i], items[i + 1 :]
-        if i > 0 and (other := written.get(_register_type(item), item)) not in items:
+        other = written.get(_register_type(item), item)
+        if i > 0 and other not in items and (item not in constants or constants.get(other) != constants[item]):
             yield "operand", joined([*before, other, *after])
         if item[0] == "{" and not (name == "mma" and i in (0, 3)) and "param" not in opcode:
             registers = item[1:-1].split(",")
@@ -101,12 +104,27 @@ def changes(line: str, written: dict[str, str]) -> Iterator[tuple[str, str]]:
                 yield "immediate", joined([*before, str(mask), *after])
         elif re.fullmatch(r"-?\d+", item) and opcode.startswith(WITH_IMMEDIATES):
             for by in (1, -1):
-                if int(item) + by >= 0 or opcode not in ("cp.async.wait_group", "mov.pred"):
+                beyond_last_bit = name == "bfi" and i == 4 and items[3].isdigit() and int(items[3]) + int(item) + by > 32
+                if not beyond_last_bit and (int(item) + by >= 0 or opcode not in ("cp.async.wait_group", "mov.pred")):
                     yield "immediate", joined([*before, str(int(item) + by), *after])
         elif re.fullmatch(r"0f[0-9A-F]{8}", item):
             yield "immediate", joined([*before, "0f3F800000" if item == "0f00000000" else "0f00000000", *after])
     if opcode.startswith("ldmatrix"):
         yield "transposed", made(opcode.replace(".trans", "") if ".trans" in opcode else opcode.replace(".x4", ".x4.trans"))
+
+
+def _follow(constants: dict[str, str], line: str) -> None:
+    """What a line does to the registers whose values are known."""
+    if line.endswith(":"):
+        constants.clear()  # others come here, too
+    elif moved := re.fullmatch(r"\s*mov\.\w+\s+(%\w+), (\S+);", line):
+        value = constants.get(moved[2], moved[2])
+        constants.pop(moved[1], None)
+        if not value.startswith("%"):
+            constants[moved[1]] = value
+    elif not re.match(r"\s*(st\.|bra)", line):
+        for register in re.findall(r"%[a-z]+\d+", line):
+            constants.pop(register, None)
 
 
 # --- a module's kernels ---------------------------------------------------------------------------------------------
@@ -119,8 +137,11 @@ class Mutant(NamedTuple):
     after: str
 
 
+WHOLE_BYTES = 1 << 20  # a module that is no larger is parsed with each of its kernels, which may be launched together
+
+
 class Entry(NamedTuple):
-    """One kernel of a module, as a module of its own."""
+    """One kernel of a module, as the first one of a module of its own."""
 
     name: str
     text: str
@@ -139,29 +160,27 @@ class Entry(NamedTuple):
                 return f"{files[at[1]]}:{at[2]}"
         return ""
 
-    def reached(self, line: int, executed: set[int]) -> bool:
-        """Whether counters name it, from 1. They leave out branches: one is reached if what stands before it is."""
-        lines = self.text.split("\n")
-        while " bra" in lines[line] or re.match(r"\s*(\.loc|//|$)", lines[line]):
-            line -= 1
-        return line + 1 in executed or lines[line].endswith(":")
-
     def instructions(self) -> list[int]:
         """Their lines."""
-        lines = enumerate(self.text.split("\n")[self.header_lines :], self.header_lines)
-        return [number for number, line in lines if re.fullmatch(r"\s*(@!?%p\d+\s+)?[a-z][\w.]*(\s+.*)?;.*", line)]
+        return [number for number, line in self._body() if re.fullmatch(r"\s*(@!?%p\d+\s+)?[a-z][\w.]*(\s+.*)?;.*", line)]
 
     def mutants(self) -> dict[str, list[Mutant]]:
         found: dict[str, list[Mutant]] = defaultdict(list)
         written: dict[str, str] = {}
-        for number, line in enumerate(self.text.split("\n")[self.header_lines :], self.header_lines):
-            if line.startswith("}"):
-                break
-            for kind, after in changes(line, written):
+        constants: dict[str, str] = {}
+        for number, line in self._body():
+            for kind, after in changes(line, written, constants):
                 found[kind].append(Mutant(kind, number, line.strip(), after))
+            _follow(constants, line)
             if register := re.match(r"\s*[a-z][\w.]*\s+(%[a-z]+\d+),", line):
                 written[_register_type(register[1])] = register[1]
         return found
+
+    def _body(self) -> Iterator[tuple[int, str]]:
+        for number, line in enumerate(self.text.split("\n")[self.header_lines :], self.header_lines):
+            if line.startswith("}"):
+                return
+            yield number, line
 
     def with_(self, mutant: Mutant) -> str:
         lines = self.text.split("\n")
@@ -173,11 +192,13 @@ def entries(module: str) -> list[Entry]:
     files = "\n".join(re.findall(r"^\s*\.file.*$", module, re.M))
     starts = [m.start() for m in re.finditer(r"^(\.\w+ )*\.entry ", module, re.M)]
     header = module[: starts[0]]
+    bodies = [module[start : module.index("\n}", start) + 3] for start in starts]
     found = []
-    for start in starts:
-        body = module[start : module.index("\n}", start) + 3]
+    for start, body in zip(starts, bodies, strict=True):
+        others = [b for b in bodies if b is not body] if len(module) <= WHOLE_BYTES else []
         name = re.search(r"\.entry (\w+)", body)[1]
-        found.append(Entry(name, header + body + files + "\n", module.count("\n", 0, start) + 1, header.count("\n")))
+        text = "".join([header, body, *others, files, "\n"])
+        found.append(Entry(name, text, module.count("\n", 0, start) + 1, header.count("\n")))
     return found
 
 

@@ -223,7 +223,8 @@ __device__ __forceinline__ void drop(Accumulators<TileT>& acc, const DeviceDropo
   for (int i = 0; i < 2 * TileT::kMmasM; ++i) {
 #pragma unroll
     for (int j = 0; j < TileT::kMmasPer32; ++j) {
-      const Philox4 bits = dropout_bits(seed, row0 + place.row(i / 2) + i % 2 * 8, column0 + place.column(j));
+      const unsigned row = row0 + place.row(i / 2) + i % 2 * 8, column = column0 + place.column(j);
+      const Philox4 bits = dropout_bits(seed, row, column);
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
         const uint32_t word = kBlocks < kDropoutWords && upper_half ? bits.v[kDropoutWords - kBlocks + block] : bits.v[block];

@@ -105,9 +105,11 @@ __device__ __forceinline__ void load_tile(typename AnyTile::Element* tile, const
       source += kRowStep * from.stride;
     }
   } else {
+    static_assert(AnyTile::kRows * AnyTile::kCols % kThreads == 0, "every thread loads as many elements");
 #pragma unroll 2
-    for (unsigned i = threadIdx.x; i < AnyTile::kRows * AnyTile::kCols; i += kThreads) {
-      const int row = i / AnyTile::kCols, col = i % AnyTile::kCols;
+    for (int i = 0; i < AnyTile::kRows * AnyTile::kCols / kThreads; ++i) {
+      const unsigned at = i * kThreads + threadIdx.x;
+      const int row = at / AnyTile::kCols, col = at % AnyTile::kCols;
       const bool inside = row < from.rows && col < from.cols;
       tile[AnyTile::offset(row, col)] = inside ? from.data[row * from.stride + col] : E{};
     }
@@ -173,15 +175,22 @@ struct WideFragment {
   }
 };
 
-// sum (m16 x n8) += wide skinny, the smallest products first.
+// sum (m16 x n8) += wide skinny, the smallest products first. Those of parts add up by themselves: each of them would otherwise
+// be rounded with the whole sum.
 template <typename P>
 __device__ __forceinline__ void multiply(float (&sum)[4], const WideFragment<P>& wide, const SkinnyFragment<P>& skinny) {
+  float parts[4] = {};
+  float (&to)[4] = P::kSplit ? parts : sum;
 #pragma unroll
   for (int order = P::kSkinny - 1; order >= 0; --order) {
 #pragma unroll
     for (int i = 0; i < P::kWide && i <= order; ++i) {
-      P::Mma::mma(sum, wide.part[i], skinny.part[order - i][0], skinny.part[order - i][1]);
+      P::Mma::mma(to, wide.part[i], skinny.part[order - i][0], skinny.part[order - i][1]);
     }
+  }
+  if constexpr (P::kSplit) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[e] += parts[e];
   }
 }
 
@@ -214,7 +223,7 @@ __device__ __forceinline__ void skinny_from_columns(SkinnyPair<P>& pair, const f
 // skinny(pair, k, rank) gives as the fragments of rows k...k + 15 and ranks rank...rank + 15.
 template <typename P, typename T, int kRanks, typename Skinny>
 __device__ __forceinline__ void row_product(float (&sum)[kRanks / 8][4], const T* tile, Skinny skinny) {
-#pragma unroll
+#pragma unroll(P::kSplit ? 2 : 8)
   for (int k = 0; k < kTileCols; k += 16) {
     uint32_t raw[4];
     load_fragment<false, WideTile<T>>(raw, tile, warp_id() * kWarpRows, k, rows_first(lane_id()));

@@ -237,9 +237,8 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
 
 // The random bits of eight elements of a row: v[w] has those of columns col + 32 w and, in its upper half, col + 32 w + 1.
 // col is even and in the first 32 columns of its group of 128, as a fragment's pairs are in every fourth 32 columns.
-__device__ __forceinline__ Philox4 dropout_bits(uint64_t seed, int64_t row, int64_t col) {
-  const uint64_t c = col;
-  const uint32_t counter = static_cast<uint32_t>(c / kDropoutGroup) * kDropoutCounters + static_cast<uint32_t>(c % 32) / 2;
+__device__ __forceinline__ Philox4 dropout_bits(uint64_t seed, uint64_t row, uint64_t col) {
+  const uint32_t counter = static_cast<uint32_t>(col / kDropoutGroup) * kDropoutCounters + static_cast<uint32_t>(col % 32) / 2;
   return philox(counter, static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), 0, seed);
 }
 __device__ __forceinline__ bool keep_first(uint32_t bits, uint32_t threshold) {

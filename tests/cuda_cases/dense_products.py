@@ -66,7 +66,7 @@ def of_whole_numbers(case: compare.Case, is_dx: bool) -> compare.Case:
 
 
 def of_parts(case: compare.Case, is_dx: bool) -> compare.Case:
-    """Of fp32 adapters: what is left of the low-rank product are the products of a higher and a lower part, exactly.
+    """What is left of the low-rank product are the products of a higher and a lower part of fp32 adapters, exactly, or nothing.
 
     The higher parts' product is what the main product takes away. They have odd last bits where there is no lower part.
     """
@@ -74,22 +74,23 @@ def of_parts(case: compare.Case, is_dx: bool) -> compare.Case:
     deep, wide = (N, K) if is_dx else (K, N)
     row, column, rank = torch.arange(deep)[:, None], torch.arange(wide)[:, None], torch.arange(r)
 
-    def of_row(i: Tensor) -> Tensor:
-        return torch.where(i % 2 == 0, 1.0, 1 + 2.0**-7)
-
-    def beside(i: Tensor, lower: Tensor) -> Tensor:
-        return 1 + torch.where(i % 2 == 0, (lower + 1) * 2.0**-16, 0.0)
-
-    higher = of_row(column) * 2.0 ** ((column + 2 * rank + rank // 4) % 3)
-    left = (row % r == rank) * beside(row, 7 * row % 13)
-    right = torch.where(column % 2 == 0, higher * beside(column, (3 * column + 5 * rank) % 11), higher)
-    of_in = (one_of_each_row(M, deep) * of_row(row).T).to(case.x.dtype)  # S = of_in left
+    odd = (row + row // r) % 2  # of a row's only rank, too, both numbers come
+    in_higher, column_higher = (1 + 2.0**-7 * i for i in (odd, column % 2))
+    higher = column_higher * (1 - column // 2 % 2 * 2) * 2.0 ** ((column + 2 * rank + rank // 4) % 3)
+    left = (row % r == rank) * (1 + (1 - odd) * (7 * row % 13 + 1) * 2.0**-16)
+    right = higher * (1 + (1 - column % 2) * ((3 * column + 5 * rank) % 11 + 1) * 2.0**-16)
+    of_in = (one_of_each_row(M, deep) * in_higher.T).to(case.x.dtype)  # S = of_in left
     weight = -higher[:, row[:, 0] % r].to(case.x.dtype)
+    left, right = left.to(case.lora_A.dtype), right.to(case.lora_A.dtype)
     if is_dx:
         numbers = {"dy": of_in, "weight": weight.T.contiguous(), "lora_B": left, "lora_A": right.T.contiguous()}
     else:
         numbers = {"x": of_in, "weight": weight, "lora_A": left.T.contiguous(), "lora_B": right}
     return replace(case, **numbers, bias=None, scaling=1.0)
+
+
+def without_adapter(case: compare.Case) -> compare.Case:
+    return replace(case, lora_A=case.lora_A[:0], lora_B=case.lora_B[:, :0])
 
 
 def make(kernel: Kernel, shape: Shape, is_dx: bool, **options) -> compare.Case:
@@ -99,8 +100,11 @@ def make(kernel: Kernel, shape: Shape, is_dx: bool, **options) -> compare.Case:
 
 
 def of_low_rank(case: compare.Case) -> compare.Case:
-    """Of dx, in whole numbers, without a main product: 1 / (1 - p) is then the only thing that rounds."""
-    return replace(of_whole_numbers(case, is_dx=True), weight=torch.zeros_like(case.weight))
+    """Of dx, 2 r everywhere, without a main product: 1 / (1 - p) is then the only thing that rounds."""
+    first = torch.zeros_like(case.lora_B)
+    first[0] = 1
+    weight, dy, A = torch.zeros_like(case.weight), torch.ones_like(case.dy), torch.ones_like(case.lora_A)
+    return replace(case, weight=weight, dy=dy, lora_A=A, lora_B=first, scaling=2.0)
 
 
 def tile_of(kernel: Kernel) -> str:
@@ -196,24 +200,31 @@ def one(kernel: Kernel, _: Device) -> Iterator[Case]:
     for i, shape in enumerate(shapes(kernel)):
         case = make(kernel, shape, is_dx, bias=not is_dx and i % 4 != 3, dropout_p=i % 2 / 2 if is_dx else 0.0)
         case = of_whole_numbers(case, is_dx)
-        gate, m = general.gate_of(case, general.GATES[i % 3]), general.scale_of(case, (F32, kernel.type)[i % 3 - 1])
+        case = replace(case, bias=case.bias.float()) if case.bias is not None and i % 4 == 1 else case
+        gate = (None, whole_normal(shape.r, dtype=F32), whole_normal(shape.M, shape.r, dtype=F32))[i % 3]
+        m = whole_normal(shape.wide, dtype=(F32, kernel.type)[i % 3 - 1])
         yield Gemm(
             case,
             **how,
             layout="padded" if vector else "odd",
             layout_out=("padded", "odd")[i // 2 % 2],
             adapter_transposed=i % 3 == 2,
-            gate=None if gate is None else whole(gate),
-            m=None if is_dx or i % 3 == 0 else whole(m),
+            gate=gate,
+            m=None if is_dx or i % 3 == 0 else m,
             offset=(0, 4, 3)[i % 3],
             base=vector and weight_rows != is_dx and i % 4 == 1,
         ).of_case()
-    if not vector:
-        for i, shape in enumerate(_ends(kernel)):
-            case = of_whole_numbers(make(kernel, shape, is_dx, bias=False), is_dx)
-            yield Gemm(case, **how, layout="odd", layout_out="odd", adapter_transposed=i // 2 % 2 > 0).of_case()
-    parts = of_parts(make(kernel, Shape(rows + 5, columns + 3, 40, 20, F32), is_dx), is_dx)
-    yield Gemm(parts, **how, **plain).of_case()
+    for i, shape in enumerate(_ends(kernel)):
+        case = of_whole_numbers(make(kernel, shape, is_dx, bias=False), is_dx)
+        base = vector and weight_rows != is_dx and i < 8
+        if base or not vector:
+            odd = {"layout": "odd", "layout_out": "odd", "adapter_transposed": i // 2 % 2 > 0}
+            yield Gemm(case, **how, **odd, base=base).of_case()
+    for adapter in (F32, kernel.type):
+        case = of_whole_numbers(make(kernel, Shape(3, 8, 8, 1, adapter), is_dx, bias=False), is_dx)
+        yield Gemm(without_adapter(case), **how, **plain).of_case()
+        parts = of_parts(make(kernel, Shape(rows + 5, columns + 3, 40, 20, adapter), is_dx), is_dx)
+        yield Gemm(parts, **how, **plain).of_case()
     if is_dx:
         shape = Shape(rows, columns, 8, 4, F32)
         for case in at_thresholds(kernel, lambda p: of_low_rank(make(kernel, shape, is_dx, bias=False, dropout_p=p))):
@@ -230,6 +241,14 @@ def group(kernel: Kernel, _: Device) -> Iterator[Case]:
     rows, columns, depth, *_ = kernel.sizes
     how = {"tile": tile_of(kernel), "layout": "padded" if vector else "odd", "transposed": weight_rows == is_dx}
 
+    def gate_of(layer: compare.Case) -> Tensor | None:
+        (M, _), (N, r) = layer.x.shape, layer.lora_B.shape
+        return (None, whole_normal(r, dtype=F32), whole_normal(M, r, dtype=F32))[N % 3] if M % 2 else None
+
+    def scale_of(layer: compare.Case) -> Tensor | None:
+        N = layer.lora_B.shape[0]
+        return None if N % 2 else whole_normal(N, dtype=(F32, kernel.type)[N // 2 % 2])
+
     def made(layers: list[compare.Case], gate: Tensor | None = None, counts: Counts | None = None, **how_) -> Case:
         how_ = how | how_
         if is_dx:
@@ -239,11 +258,17 @@ def group(kernel: Kernel, _: Device) -> Iterator[Case]:
 
             return Case(lambda run: {"dx": group_op.backward_dx(run, layers, **how_, gate=gate)}, exact, counts=counts)
 
+        gates, scales = ([of(layer) for layer in layers] for of in (gate_of, scale_of))
+
         def launch(run: Run) -> Results:
-            return dict(zip("abcd", group_op.forwards(run, layers, **how_, grouped=True), strict=False))
+            results = group_op.forwards(run, layers, **how_, grouped=True, gates=gates, scales=scales)
+            return dict(zip("abcd", results, strict=False))
 
         def exact() -> Results:
-            return {name: group_op.eager_forward(layer, F64) for name, layer in zip("abcd", layers, strict=False)}
+            found = {}
+            for name, layer, g, m in zip("abcd", layers, gates, scales, strict=False):
+                found[name] = Gemm(layer, False, "", "", False, "", False, gate=g, m=m).exact()["out"]
+            return found
 
         return Case(launch, exact, counts=counts)
 
@@ -255,7 +280,10 @@ def group(kernel: Kernel, _: Device) -> Iterator[Case]:
     ) -> list[compare.Case]:
         K = shape.wide if is_dx else shape.deep
         layers = group_op.make_layers(shape.M, K, of_group, Dtypes(kernel.type, shape.adapter), **options)
-        return [numbers(layer, is_dx) for layer in layers]
+        layers = [numbers(layer, is_dx) for layer in layers]
+        return [
+            replace(layer, bias=layer.bias.float()) if layer.bias is not None and shape.M % 2 else layer for layer in layers
+        ]
 
     if vector:
         shape = Shape(2 * rows, columns, depth, 16, kernel.type)
@@ -266,15 +294,18 @@ def group(kernel: Kernel, _: Device) -> Iterator[Case]:
         yield made(layers, None, Counts(mma, 2 * tiles), layout="plain")
     for i, shape in enumerate(shapes(kernel)):
         layout_out = "odd" if i % 4 == 2 else how["layout"]
-        of_group = [(N * (i % 2 + 1) + i, r) for N, r in group_op.GROUPS[1 + i % 3]]
+        of_group = [(N * (i % 2 + 1) + i, r + i // 3 % 4) for N, r in group_op.GROUPS[1 + i % 3]]
         gate = whole(torch.linspace(-1, 1, sum(r for _, r in of_group))) if is_dx and i % 4 > 1 else None
         yield made(layers_of(shape, of_group, dropout_p=i % 3 % 2 / 2 if is_dx else 0.0), gate, layout_out=layout_out)
     if not vector:
         for i, shape in enumerate(_ends(kernel)):
             N = shape.deep if is_dx else shape.wide
             yield made(layers_of(shape, [(N, shape.r), (N // 2 + 1, i % 8 + 1)]))
-    parts = Shape(rows + 5, columns + 3, 40, 20, F32)
-    yield made(layers_of(parts, [(40 if is_dx else columns + 3, 20)] * 2, of_parts))
+    for adapter in (F32, kernel.type):
+        parts = Shape(rows + 5, columns + 3, 40, 20, adapter)
+        yield made(layers_of(parts, [(40 if is_dx else columns + 3, 20)] * 2, of_parts))
+        layers = layers_of(Shape(3, 8, 8, 1, adapter), [(8, 1), (8, 1)])
+        yield made([without_adapter(layer) for layer in layers])
     if is_dx:
 
         def layer(p: float) -> compare.Case:
@@ -343,17 +374,20 @@ def segments(kernel: Kernel, _: Device) -> Iterator[Case]:
         batch = [(rows_ + i // 4, r) for rows_, r in list(segments_op.BATCHES.values())[i % 4]]
         of_in, weight, K, N = operands(sum(rows_ for rows_, _ in batch), wide, deep)
         adapters = _adapters(batch, K, N, adapter, is_dx=is_dx)
-        bias = whole_normal(N, dtype=kernel.type) if not is_dx and i % 3 else None
+        bias = whole_normal(N, dtype=(F32, kernel.type)[i % 2]) if not is_dx and i % 3 else None
         base, layout_out = vector and weight_rows != is_dx and i % 5 == 4, ("odd", how["layout"], how["layout"])[i % 3]
         yield made(of_in, weight, bias, adapters, Dropout(0.5) if is_dx and i % 2 else None, base=base, layout_out=layout_out)
-    if not vector:
-        for i, (M, wide, deep, r, adapter) in enumerate(_ends(kernel)):
-            of_in, weight, K, N = operands(M, wide, deep)
-            yield made(of_in, weight, None, _adapters([(i, r), (M - i, i % 8 + 1)], K, N, adapter, is_dx=is_dx))
-    case = of_parts(make(kernel, Shape(rows + 5, columns + 3, 40, 20, F32), is_dx), is_dx)
-    ranges = (slice(0, 9), slice(9, rows + 5))
-    adapters = [segments_op.Adapter(s, case.lora_A, case.lora_B, 1.0) for s in ranges]
-    yield made(case.dy if is_dx else case.x, case.weight, None, adapters)
+    for i, (M, wide, deep, r, adapter) in enumerate(_ends(kernel)):
+        of_in, weight, K, N = operands(M, wide, deep)
+        adapters = _adapters([(i, r), (M - i, i % 8 + 1)], K, N, adapter, is_dx=is_dx)
+        base = vector and weight_rows != is_dx and i < 8
+        if base or not vector:
+            yield made(of_in, weight, None, adapters, base=base, layout_out="odd")
+    for adapter in (F32, kernel.type):
+        case = of_parts(make(kernel, Shape(rows + 5, columns + 3, 40, 20, adapter), is_dx), is_dx)
+        ranges = (slice(0, 9), slice(9, rows + 5))
+        adapters = [segments_op.Adapter(s, case.lora_A, case.lora_B, 1.0) for s in ranges]
+        yield made(case.dy if is_dx else case.x, case.weight, None, adapters)
     if is_dx:
         shape = Shape(rows, columns, 8, 4, F32)
         for case in at_thresholds(kernel, lambda p: of_low_rank(make(kernel, shape, is_dx, bias=False, dropout_p=p))):

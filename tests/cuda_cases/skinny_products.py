@@ -18,7 +18,7 @@ from lora_ops import reference
 
 from .case import F64, Case, Counts, Kernel, Results, one_of_each_row, times, whole, whole_normal
 
-SCALING = 0.5
+SCALING, SEED = 0.5, 0x123456789ABCDEF
 
 
 class Skinny(NamedTuple):
@@ -36,21 +36,26 @@ def _shapes(kernel: Kernel, columns: int) -> Iterator[Skinny]:
     (most,), (vector,) = kernel.sizes, kernel.flags
     least = most // 2 if most > 16 else 0  # below it, another kernel has fewer ranks per block
     for single in (False, True):
-        yield Skinny(2 * 64, 2 * columns, most, 1, Dropout(0.5), single, aligned=vector)
+        yield Skinny(2 * 64, 2 * columns, most, 1, Dropout(0.5), single, aligned=True)
         yield Skinny(64 + 2, 4 * columns + 40, 100 if most == 64 else most - 4, 8, None, single)
         yield Skinny(4 * 64 + 37, 24, most - 8 if most > 16 else 8, 2, None, single)
     for i in range(16):  # up to four tiles one way and three the other; an end in each eighth of a tile, and of its ranks
         rows = 64 * (i % 4) + 8 * (i % 8) + 3 * i % 8 + 2
-        wide = columns * ((i + i // 4) % 3) + columns // 24 * i + 8 * (i % 2)
+        wide = columns * ((i + i // 4) % 3) + 5 * i % 16 * (columns // 16)
         rank = least + (4 * (i % ((most - least) // 4) + 1) if vector else (5 * i + 1) % (most - least) + 1)
-        beyond = 64 * (i % 2) if most == 64 else 0
-        dropout = Dropout(0.75) if i // 2 % 2 else None
+        beyond = 64 - least if most == 64 and i % 2 else 0
+        dropout = Dropout(0.75, SEED + i % 2 * 0x100000001) if i // 2 % 2 else None
         yield Skinny(rows, (wide or 8) + (0 if vector else 7 * i % 16), rank + beyond, 1 + i % 3, dropout, i // 3 % 2 > 0)
-    seed = 0x123456789ABCDEF
-    bits = reference.dropout_bits(torch.tensor(seed), 16, 128)
-    for rows_ in (slice(0, 8, 2), slice(9, 16, 2)):  # even turns of a loop that drops rows or columns, and odd ones
+    for p in _thresholds():
+        yield Skinny(16, 128, most, 1, Dropout(p, SEED))
+
+
+def _thresholds() -> Iterator[float]:
+    """The smallest numbers of one thread's columns, in even turns of a loop that drops rows or columns, and in odd ones."""
+    bits = reference.dropout_bits(torch.tensor(SEED), 16, 128)
+    for rows in (slice(0, 8, 2), slice(9, 16, 2)):
         for col in (c for c in range(128) if c % 32 < 2):
-            yield Skinny(16, 128, most, 1, Dropout(int(bits[rows_, col].min()) / 65536, seed))
+            yield int(bits[rows, col].min()) / 65536
 
 
 def _layout(kernel: Kernel, t: Tensor) -> Tensor:
@@ -67,9 +72,9 @@ def _kept(x: Tensor, dropout: Dropout | None) -> tuple[Tensor, float]:
 
 def down(kernel: Kernel, _: Device) -> Iterator[Case]:
     dtypes = kernel.dtypes
-    for M, columns, r, sm_count, dropout, single, aligned in _shapes(kernel, 128):
+    for i, (M, columns, r, sm_count, dropout, single, aligned) in enumerate(_shapes(kernel, 128)):
         K = -(-columns // 8) * 8 if kernel.flags[0] else columns  # A is contiguous
-        r = r - M % 4 if kernel.flags[0] and r <= 64 else r  # nor does anything else depend on its rows
+        r = r - (i + i // 8) % 4 if kernel.flags[0] and not aligned else r  # nor does anything else depend on its rows
         x = whole_normal(M, K, dtype=dtypes.x)
         A = whole_normal(r, K, dtype=dtypes.adapter)
         if single:
@@ -83,13 +88,15 @@ def down(kernel: Kernel, _: Device) -> Iterator[Case]:
             return {"S": times(h @ A.double().T, factor)}
 
         mma = products(dtypes) * (M // 16) * (K // 16) * (r // 8)
-        yield Case(launch, exact, counts=Counts(mma, x.nbytes + M // 64 * A.nbytes) if aligned else None)
+        copied = x.nbytes + M // 64 * A.nbytes if kernel.flags[0] else 0
+        yield Case(launch, exact, counts=Counts(mma, copied) if aligned else None)
 
 
 def down_segments(kernel: Kernel, _: Device) -> Iterator[Case]:
     dtypes, (most,), (vector,) = kernel.dtypes, kernel.sizes, kernel.flags
     for i, batch in enumerate([*segments.BATCHES.values(), *segments.BATCHES.values()]):
-        batch = [*((rows + 3 * i, r if most == 64 else r % (most + 1)) for rows, r in batch), (7, 100 if most == 64 else most)]
+        batch = [(rows + 3 * i, r if most == 64 else r % (most + 1)) for rows, r in batch]
+        batch += [(70 - 3 * i, (100 if most == 64 else most) - i % 3)]
         M, K, dropout = sum(rows for rows, _ in batch), 128 * (i % 4) + 64 + 8 * i, Dropout(0.75) if i % 3 else None
         K, padding = (K, 0) if vector else (K + i % 8, 3)
         adapters, x = segments.make_adapters(batch, K, 8, dtypes.adapter), whole_normal(M, K, dtype=dtypes.x)
@@ -99,17 +106,29 @@ def down_segments(kernel: Kernel, _: Device) -> Iterator[Case]:
         else:
             x = one_of_each_row(M, K).to(dtypes.x)
 
-        def launch(run: Run, of=(x, adapters, dropout, 1 + 3 * (i % 3), padding)) -> Results:
-            return {"S": segments.down(run, *of)}
+        yield _of_segments(x, adapters, dropout, 1 + 3 * (i % 3), padding)
+    x, padding = whole_normal(128, 256, dtype=dtypes.x), 0 if vector else 3
+    adapters = segments.make_adapters([(64, most), (64, most)], 256, 8, dtypes.adapter)
+    for a in adapters:
+        a.A = whole(a.A)
+    counts = Counts(products(dtypes) * 8 * 16 * most // 8, x.nbytes + 2 * adapters[0].A.nbytes if vector else 0)
+    yield _of_segments(x, adapters, Dropout(0.5), 1, padding)._replace(counts=counts)
+    for p in _thresholds():
+        x = whole_normal(16, 128, dtype=dtypes.x)
+        adapters = segments.make_adapters([(16, most)], 128, 8, dtypes.adapter)
+        adapters[0].A = whole(adapters[0].A)
+        yield _of_segments(x, adapters, Dropout(p, SEED), 1, padding)
 
-        def exact(x=x, adapters=adapters, dropout=dropout) -> Results:
-            h, factor = _kept(x, dropout)
-            S = torch.zeros(len(x), segments.columns(adapters), dtype=F64)
-            for a in adapters:
-                S[a.rows, : a.rank] = h[a.rows] @ a.A.double().T
-            return {"S": factor * S}
 
-        yield Case(launch, exact)
+def _of_segments(x: Tensor, adapters: list[segments.Adapter], dropout: Dropout | None, sm_count: int, padding: int) -> Case:
+    def exact() -> Results:
+        h, factor = _kept(x, dropout)
+        S = torch.zeros(len(x), segments.columns(adapters), dtype=F64)
+        for a in adapters:
+            S[a.rows, : a.rank] = h[a.rows] @ a.A.double().T
+        return {"S": times(S, factor)}
+
+    return Case(lambda run: {"S": segments.down(run, x, adapters, dropout, sm_count, padding)}, exact)
 
 
 def backward_down(kernel: Kernel, _: Device) -> Iterator[Case]:
@@ -128,7 +147,8 @@ def backward_down(kernel: Kernel, _: Device) -> Iterator[Case]:
             return {"dA": times(dS.to(dtypes.adapter).double().T @ h, factor)}
 
         mma = products(dtypes) * (M // 16) * (K // 16) * (r // 8)
-        yield Case(launch, exact, counts=Counts(mma, x.nbytes + K // 128 * dS.nbytes) if aligned else None)
+        copied = x.nbytes + K // 128 * dS.nbytes if kernel.flags[0] else 0
+        yield Case(launch, exact, counts=Counts(mma, copied) if aligned else None)
 
 
 def backward_up(kernel: Kernel, _: Device) -> Iterator[Case]:
@@ -156,12 +176,13 @@ def backward_up(kernel: Kernel, _: Device) -> Iterator[Case]:
             return {"dS": SCALING * (wide @ B.double()), "dB": dB, "dbias": wide.sum(0)}
 
         mma = (M // 16) * (N // 16) * (2 * products(dtypes) * (r // 8) + 1)
-        yield Case(launch, exact, counts=Counts(mma, dy.nbytes + N // columns * S.nbytes) if aligned else None)
+        copied = dy.nbytes + N // columns * S.nbytes if kernel.flags[0] else 0
+        yield Case(launch, exact, counts=Counts(mma, copied) if aligned else None)
 
 
 def reduce(_: Kernel, device: Device) -> Iterator[Case]:
     """Of every output type, and three reductions at once, of up to ten splits."""
-    for i in range(2, 11, 3):
+    for i in range(2, 9):
         x, A = whole_normal(3, 128 * i - 8, dtype=BF16), whole_normal(40 * i + 16, 128 * i - 8, dtype=F32)
 
         def launch(run: Run, x=x, A=A) -> Results:
@@ -171,3 +192,10 @@ def reduce(_: Kernel, device: Device) -> Iterator[Case]:
     for t in ("Bf16", "Half"):
         kernel = Kernel("lora_backward_up.cu", f"lora_backward_up_kernel<{t}, {t}, 16, true>")
         yield from (case._replace(counts=None) for case in list(backward_up(kernel, device))[1:12])
+    dy, B = whole_normal(70, 600, dtype=BF16), whole_normal(600, 6, dtype=F32)
+
+    def of_wider(run: Run) -> Results:
+        dS = torch.empty(70, 11)[:, 3:9]
+        return skinny.lora_backward_up(run.library, dy.clone(), B.clone(), torch.empty(0, 6), SCALING, wanted=("dS",), dS=dS)
+
+    yield Case(of_wider, lambda: {"dS": SCALING * (dy.double() @ B.double())})

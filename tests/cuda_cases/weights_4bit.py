@@ -12,8 +12,9 @@ import test_cuda_qlora_forward as qforward
 import test_cuda_quantize_4bit as q4
 import torch
 from compare import F32, Dtypes
-from ptx.device import Device
+from ptx.device import Device, Run
 from skinny import normal
+from torch import Tensor
 
 from lora_ops import quantize_nf4, reference
 from lora_ops.quant import layout
@@ -88,7 +89,7 @@ def gemv(kernel: Kernel, _: Device) -> Iterator[Case]:
             case = replace(of_whole_numbers(case, is_dx=False), weight=weight.to(dtypes.x), qweight=qweight)
         S = forward.down(case)
         yield Case(
-            lambda run, case=case, S=S: {"y": qforward.launch(run, case, S)},
+            lambda run, case=case, S=S, i=i: {"y": qforward.launch(run, case, S, adapter_transposed=i % 4 == 3)},
             lambda case=case: four_bit.exact_results(case, backward=False),
             None if exact_numbers else lambda case=case: compare.run(compare.eager_lora, case, backward=False),
         )
@@ -105,21 +106,43 @@ def dequantize(kernel: Kernel, _: Device) -> Iterator[Case]:
         )
 
 
+def _between_codes(dtype: torch.dtype, quant_type: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """A block's absmax and weights of it. Over it they are the borders between two codes; or, with the absmax for which there
+    are most, multiplied by its inverse they are on one side of a border, and divided by it on the other."""
+    code = reference.code_4bit(quant_type, torch.device("cpu")).sort().values
+    borders = (code[:-1] + code[1:]) / 2
+    yield torch.ones(()), borders.to(dtype).float()
+    bits = {torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}[dtype]
+    absmax = (1 + torch.arange(0, 2**bits, max(1, 2**bits >> 14)) / 2**bits)[:, None]
+    nearest = (borders * absmax).to(dtype).view(torch.int32 if dtype == F32 else torch.int16)
+    near = torch.stack([(nearest + i).view(dtype).float() for i in (-1, 0, 1)])
+    differ = (near * (1 / absmax) > borders) != (near / absmax > borders)
+    best = int(differ.sum((0, 2)).argmax())
+    if differ.any():
+        yield absmax[best, 0], near[:, best][differ[:, best]]
+
+
 def quantize(kernel: Kernel, _: Device) -> Iterator[Case]:
-    """Bit for bit the CPU's, with blocks of zeros and of the smallest numbers, and weights on the borders of two codes."""
+    """Bit for bit the CPU's, with blocks of zeros and of the smallest numbers, and weights between two codes."""
     types = ["nf4", "fp4"] if kernel.name.startswith("absmax") else [("nf4", "fp4")[int(kernel.arguments[1][-1])]]
+
+    def made(weight: Tensor, blocksize: int, quant_type: str) -> Case:
+        of = (weight.to(kernel.type), blocksize, quant_type)
+
+        def launch(run: Run) -> Results:
+            return dict(zip(("codes", "absmax"), q4.quantize(run, *of), strict=True))
+
+        return Case(launch, lambda: dict(zip(("codes", "absmax"), layout.quantize(*of), strict=True)))
+
     for i, K in enumerate((1, 31, 64, 65, 97, 127, 128, 300, 384, 1023, 1100)):
         (blocksize, _, _), quant_type = four_bit.SETTINGS[i % len(four_bit.SETTINGS)], types[i % len(types)]
         weight = normal(3 + i, K, dtype=F32)
-        flat = weight.view(-1)
-        flat[blocksize : 2 * blocksize] = (0, torch.finfo(kernel.type).tiny / 4)[i % 2]
-        code = reference.code_4bit(quant_type, weight.device).sort().values
-        borders = (code[:-1] + code[1:]) / 2
-        flat[-1:] = 1  # of the last block, what is divided by
-        flat[-1 - len(borders) : -1] = borders[: max(0, len(flat) - 1)]
-        weight = weight.to(kernel.type)
-        of = (weight, blocksize, quant_type)
-        yield Case(
-            lambda run, of=of: dict(zip(("codes", "absmax"), q4.quantize(run, *of), strict=True)),
-            lambda of=of: dict(zip(("codes", "absmax"), layout.quantize(*of), strict=True)),
-        )
+        weight.view(-1)[blocksize : 2 * blocksize] = (0, torch.finfo(kernel.type).tiny / 4)[i % 2]
+        yield made(weight, blocksize, quant_type)
+    for quant_type in types:
+        for absmax, between in _between_codes(kernel.type, quant_type):
+            for N, K, blocksize in ((4, 1024, 64), (9, 1020, 4096)):  # in whole blocks, and in most of one
+                i = torch.arange(N * K)
+                weight = between[(i + i // 128 * 7) % len(between)]
+                weight[::blocksize] = absmax
+                yield made(weight.view(N, K), blocksize, quant_type)

@@ -119,6 +119,7 @@ bool Machine::run_warp() {
     if (in.guarded) active &= in.guard_negated ? ~predicate(in.guard) : predicate(in.guard);
     if (++executed_ > kMaxInstructions) fail("endless loop at PTX line " + std::to_string(in.ptx_line));
     if (in.flow == Flow::kBranch) {
+      ++counts_[&in - kernel.code.data()].executions;
       branch(path, in, active, lanes_here & ~active);
       continue;
     }

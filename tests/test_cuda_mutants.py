@@ -1,0 +1,71 @@
+"""The mutation run of tools/: its mutants are what they claim, the kernel as it is passes, and what is wrong is noticed."""
+
+import re
+import sys
+
+import pytest
+from cuda_cases import Kernel
+from ptx.build import REPOSITORY
+from ptx.device import Device
+
+sys.path.insert(0, str(REPOSITORY / "tools"))
+
+import cuda_mutants
+from cuda_code import demangled
+from ptx_mutants import changes, drawn, entries
+
+
+def of_line(line: str) -> list[tuple[str, str]]:
+    return [(kind, after.strip()) for kind, after in changes(f"\t{line}", {"%r": "%r9"})]
+
+
+def test_changes_of_a_line() -> None:
+    assert of_line("sub.s32 %r1, %r2, 5;") == [
+        ("dropped", "//sub.s32 %r1, %r2, 5;"),
+        ("operator", "add.s32 %r1, %r2, 5;"),
+        ("operands swapped", "sub.s32 %r1, 5, %r2;"),
+        ("operand", "sub.s32 %r1, %r9, 5;"),
+        ("immediate", "sub.s32 %r1, %r2, 6;"),
+        ("immediate", "sub.s32 %r1, %r2, 4;"),
+    ]
+    assert of_line("@!%p3 bra $L__BB0_2;") == [
+        ("predicate dropped", "bra $L__BB0_2;"),
+        ("predicate negated", "@%p3 bra $L__BB0_2;"),
+    ]
+    assert ("comparison", "setp.ge.s32 %p1, %r1, %r2;") in of_line("setp.gt.s32 %p1, %r1, %r2;")
+    assert ("address", "ld.global.v4.u32 {%r1,%r2,%r3,%r4}, [%rd1+32];") in of_line(
+        "ld.global.v4.u32 {%r1,%r2,%r3,%r4}, [%rd1+16];"
+    )
+    assert of_line("ret;") == of_line("$L__BB0_2:") == of_line(".reg .b32 %r<5>;") == []
+
+
+def test_draws_are_spread_over_kinds_and_repeat() -> None:
+    mutants = {kind: [cuda_mutants.Mutant(kind, i, "", "") for i in range(n)] for kind, n in (("a", 100), ("b", 2), ("c", 1))}
+    chosen = drawn(mutants, 9, "seed")
+    assert chosen == drawn(mutants, 9, "seed") != drawn(mutants, 9, "other")
+    assert [sum(m.kind == kind for m in chosen) for kind in "abc"] == [6, 2, 1]
+
+
+@pytest.mark.cuda
+def test_a_kernel_as_it_is_and_its_mutants(device: Device) -> None:
+    source = "reduce.cu"
+    module = device.ptx()[source]
+    entry = entries(module)[0]
+    kernel = Kernel(source, demangled([entry.name])[entry.name])
+    try:
+        device.load_module(source, entry.text, cuda_mutants.ARCH)
+        assert (
+            cuda_mutants.outcome(device, kernel, entry, entry.text, cuda_mutants.baseline(device, kernel, entry)) == "survived"
+        )
+        rows = cuda_mutants.run_kernel(device, kernel, entry, each=16, jobs=2).rows
+    finally:
+        device.load_module(source, module, cuda_mutants.ARCH)
+    assert len(rows) == 16
+    assert len({row.kind for row in rows}) >= 8
+    assert sum(row.outcome != cuda_mutants.SURVIVED for row in rows) >= 13
+
+
+def test_report_explains_every_survivor() -> None:
+    text = (REPOSITORY / "docs" / "cuda_mutants.md").read_text()
+    assert "NOT EXPLAINED" not in text
+    assert float(re.search(r"\*\*([\d.]+)%\*\* are noticed", text)[1]) >= 97
