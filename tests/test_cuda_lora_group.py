@@ -163,6 +163,7 @@ def backward_dx(
         if i == 0:
             op.M, op.K, op.r, op.lora_A, op.dx = M, K, lora_A.shape[0], matrix(lora_A), matrix(dx)
             op.dS, op.dropout, op.tile, op.gate = dS.data_ptr(), dropout, TILES[tile], None if gate is None else gate.data_ptr()
+            op.gate_row_stride = strides(gate)[1]
         ops.append(op)
     call(run, "lora_backward_dx_group", (LoraBackwardDx * len(ops))(*ops), len(ops))
     return dx
@@ -175,7 +176,7 @@ def eager_dx(layers: list[Case], gate: Tensor | None, dtype: torch.dtype | None 
         dy, weight, A, B = (t.to(dtype or t.dtype) for t in (layer.dy, layer.weight, layer.lora_A, layer.lora_B))
         dS = (dy.to(B.dtype) * layer.scaling) @ B
         if gate is not None:
-            dS = dS * gate[rank : (rank := rank + B.shape[1])].to(dS.dtype)
+            dS = dS * gate[..., rank : (rank := rank + B.shape[1])].to(dS.dtype)
         low_rank = dS @ A
         if layer.seed is not None:
             keep = reference.dropout_keep(layer.seed, layer.dropout_p, *layer.x.shape)

@@ -146,6 +146,7 @@ class Row(NamedTuple):
 
 class Result(NamedTuple):
     rows: list[Row]
+    population: dict[str, int]  # of each kind, how many mutants there are where the launches come by
     instructions: int
     executed: int
 
@@ -166,7 +167,8 @@ def run_kernel(device: Device, kernel: Kernel, entry: Entry, each: int, jobs: in
     for m, text in in_children(((m, job(m)) for m in chosen), jobs, cpu_seconds):
         after = "" if m.kind == "dropped" else " ".join(m.after.split())
         rows.append(Row(kernel, m.kind, entry.ptx_line(m.line), entry.source(m.line), " ".join(m.before.split()), after, text))
-    return Result(rows, len(entry.instructions()), sum(line + 1 in executed for line in entry.instructions()))
+    population = {kind: len(some) for kind, some in mutants.items() if some}
+    return Result(rows, population, len(entry.instructions()), sum(line + 1 in executed for line in entry.instructions()))
 
 
 def run_all(device: Device, only: str, each: int, jobs: int) -> dict[Kernel, Result]:
@@ -209,6 +211,17 @@ def table(rows: list[Row], by: str, of: Callable[[Row], str]) -> list[str]:
     return lines
 
 
+def share_of_all(results: Iterable[Result]) -> tuple[float, int]:
+    """What share of all mutants is noticed, estimated from the sample: each kind of an instance for as many as there are."""
+    noticed, count = 0.0, 0
+    for r in results:
+        for kind, size in r.population.items():
+            outcomes = [row.outcome != SURVIVED for row in r.rows if row.kind == kind]
+            noticed += size * sum(outcomes) / len(outcomes)
+            count += size
+    return noticed / count, count
+
+
 def reasons() -> dict[tuple[str, ...], str]:
     with open(REASONS, newline="") as f:
         return {tuple(row[:-1]): row[-1] for row in csv.reader(f, delimiter="\t", quoting=csv.QUOTE_NONE)}
@@ -218,6 +231,8 @@ def report(results: dict[Kernel, Result], why: dict[tuple[str, ...], str]) -> st
     rows = [row for result in results.values() for row in result.rows]
     survivors = sorted((r for r in rows if r.outcome == SURVIVED), key=lambda r: (why.get(r.key, ""), r.kernel, r.ptx_line))
     instructions, executed = (sum(getattr(r, what) for r in results.values()) for what in ("instructions", "executed"))
+    share, count = share_of_all(results.values())
+    of_sample = 1 - len(survivors) / len(rows)
     lines = []
     for reason in dict.fromkeys(why.get(r.key, "NOT EXPLAINED") for r in survivors):
         lines += [
@@ -236,10 +251,15 @@ def report(results: dict[Kernel, Result], why: dict[tuple[str, ...], str]) -> st
     return f"""# CUDA kernels: mutants
 
 Written by `tools/cuda_mutants.py`. One instruction of a kernel's PTX (compute_{ARCH}) is changed, and the launches of
-`tests/cuda_cases`, most of which the suite runs, must notice: {len(rows)} mutants of {len(results)} kernel instances, of which
-**{1 - len(survivors) / len(rows):.1%}** are noticed. Survivors that are explained below count as survivors.
+`tests/cuda_cases`, most of which the suite runs, must notice. **{share:.1%}** of the {count} mutants of {len(results)} kernel
+instances are noticed, estimated from a sample of {len(rows)}.
 
-Mutants are drawn, evenly over the kinds, from what the launches execute: {executed} of {instructions} instructions, in every
+The sample is drawn evenly over the kinds of changes, so that rare ones are in it (most instructions of an unrolled loop are mov
+and mma), and each kind counts for as many mutants as there are of it. Of the sample itself, {of_sample:.1%} are noticed: rare
+kinds are those that have most changes after which a kernel does the same as before. Survivors that are explained below count as
+survivors in either number.
+
+Mutants are drawn from what the launches execute: {executed} of {instructions} instructions, in every
 instance of every kernel but those in fp16, which are their bf16 siblings with other types. The rest is paths that no launcher
 reaches, and in the forms that share gemm.cuh with `lora_forward` and `lora_backward_dx`, paths that are looked at there. Not
 drawn, since nothing could notice: cache hints.

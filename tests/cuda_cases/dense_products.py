@@ -41,6 +41,9 @@ def shapes(kernel: Kernel) -> Iterator[Shape]:
         wide = columns * (i // 3 % 3) + columns // 8 * (5 * i % 8) + 3 * i % 8 + 1
         deep = depth * (7 * i % (stages + 2)) + 11 * i % depth + 1
         yield Shape(M, wide, deep, (5 * i + 3) % 24 + 1, (F32, kernel.type)[i // 4 % 2])
+    yield Shape(9 * rows + 3, columns + 1, 9, 4, kernel.type)  # more than a group of rows of tiles
+    for i in range(columns // 4):  # out ends in each pair of columns
+        yield Shape(3, 4 * i + i % 4 + 1, 8, 4, kernel.type)
 
 
 def _ends(kernel: Kernel) -> Iterator[Shape]:
@@ -221,9 +224,9 @@ def one(kernel: Kernel, _: Device) -> Iterator[Case]:
             odd = {"layout": "odd", "layout_out": "odd", "adapter_transposed": i // 2 % 2 > 0}
             yield Gemm(case, **how, **odd, base=base).of_case()
     for adapter in (F32, kernel.type):
-        case = of_whole_numbers(make(kernel, Shape(3, 8, 8, 1, adapter), is_dx, bias=False), is_dx)
+        case = of_whole_numbers(make(kernel, Shape(rows, columns, 8, 1, adapter), is_dx, bias=False), is_dx)
         yield Gemm(without_adapter(case), **how, **plain).of_case()
-        parts = of_parts(make(kernel, Shape(rows + 5, columns + 3, 40, 20, adapter), is_dx), is_dx)
+        parts = of_parts(make(kernel, Shape(3 * rows + 5, columns + 3, 40, 20, adapter), is_dx), is_dx)
         yield Gemm(parts, **how, **plain).of_case()
     if is_dx:
         shape = Shape(rows, columns, 8, 4, F32)
@@ -295,16 +298,17 @@ def group(kernel: Kernel, _: Device) -> Iterator[Case]:
     for i, shape in enumerate(shapes(kernel)):
         layout_out = "odd" if i % 4 == 2 else how["layout"]
         of_group = [(N * (i % 2 + 1) + i, r + i // 3 % 4) for N, r in group_op.GROUPS[1 + i % 3]]
-        gate = whole(torch.linspace(-1, 1, sum(r for _, r in of_group))) if is_dx and i % 4 > 1 else None
+        ranks = sum(r for _, r in of_group)
+        gate = (None, None, whole_normal(ranks, dtype=F32), whole_normal(shape.M, ranks, dtype=F32))[i % 4] if is_dx else None
         yield made(layers_of(shape, of_group, dropout_p=i % 3 % 2 / 2 if is_dx else 0.0), gate, layout_out=layout_out)
     if not vector:
         for i, shape in enumerate(_ends(kernel)):
             N = shape.deep if is_dx else shape.wide
             yield made(layers_of(shape, [(N, shape.r), (N // 2 + 1, i % 8 + 1)]))
     for adapter in (F32, kernel.type):
-        parts = Shape(rows + 5, columns + 3, 40, 20, adapter)
+        parts = Shape(3 * rows + 5, columns + 3, 40, 20, adapter)
         yield made(layers_of(parts, [(40 if is_dx else columns + 3, 20)] * 2, of_parts))
-        layers = layers_of(Shape(3, 8, 8, 1, adapter), [(8, 1), (8, 1)])
+        layers = layers_of(Shape(rows, columns, 8, 1, adapter), [(columns, 1), (columns, 1)])
         yield made([without_adapter(layer) for layer in layers])
     if is_dx:
 
@@ -384,8 +388,8 @@ def segments(kernel: Kernel, _: Device) -> Iterator[Case]:
         if base or not vector:
             yield made(of_in, weight, None, adapters, base=base, layout_out="odd")
     for adapter in (F32, kernel.type):
-        case = of_parts(make(kernel, Shape(rows + 5, columns + 3, 40, 20, adapter), is_dx), is_dx)
-        ranges = (slice(0, 9), slice(9, rows + 5))
+        case = of_parts(make(kernel, Shape(3 * rows + 5, columns + 3, 40, 20, adapter), is_dx), is_dx)
+        ranges = (slice(0, 9), slice(9, 3 * rows + 5))
         adapters = [segments_op.Adapter(s, case.lora_A, case.lora_B, 1.0) for s in ranges]
         yield made(case.dy if is_dx else case.x, case.weight, None, adapters)
     if is_dx:

@@ -51,16 +51,22 @@ def _shapes(kernel: Kernel, columns: int) -> Iterator[Skinny]:
 
 
 def _thresholds() -> Iterator[float]:
-    """The smallest numbers of one thread's columns, in even turns of a loop that drops rows or columns, and in odd ones."""
+    """The smallest numbers of one thread's columns, in even turns of a loop that drops rows or columns and in odd ones, each as
+    a threshold that keeps it and as one that drops it."""
     bits = reference.dropout_bits(torch.tensor(SEED), 16, 128)
     for rows in (slice(0, 8, 2), slice(9, 16, 2)):
         for col in (c for c in range(128) if c % 32 < 2):
-            yield int(bits[rows, col].min()) / 65536
+            yield from ((int(bits[rows, col].min()) + above) / 65536 for above in (0, 1))
 
 
 def _layout(kernel: Kernel, t: Tensor) -> Tensor:
     """Rows that begin at multiples of 16 bytes, or that do not."""
     return strided(t, 0, -t.shape[1] % 8) if kernel.flags[0] else strided(t, 1, 1 + t.shape[1] % 2)
+
+
+def _odd(t: Tensor) -> Tensor:
+    """A multiple that takes every bit down to the last."""
+    return t * (1 + torch.finfo(t.dtype).eps)
 
 
 def _kept(x: Tensor, dropout: Dropout | None) -> tuple[Tensor, float]:
@@ -75,7 +81,7 @@ def down(kernel: Kernel, _: Device) -> Iterator[Case]:
     for i, (M, columns, r, sm_count, dropout, single, aligned) in enumerate(_shapes(kernel, 128)):
         K = -(-columns // 8) * 8 if kernel.flags[0] else columns  # A is contiguous
         r = r - (i + i // 8) % 4 if kernel.flags[0] and not aligned else r  # nor does anything else depend on its rows
-        x = whole_normal(M, K, dtype=dtypes.x)
+        x = _odd(whole_normal(M, K, dtype=dtypes.x))
         A = whole_normal(r, K, dtype=dtypes.adapter)
         if single:
             x, A = one_of_each_row(M, K).to(dtypes.x) * (1 - M % 2 * 2), normal(r, K, dtype=dtypes.adapter)
@@ -97,9 +103,13 @@ def down_segments(kernel: Kernel, _: Device) -> Iterator[Case]:
     for i, batch in enumerate([*segments.BATCHES.values(), *segments.BATCHES.values()]):
         batch = [(rows + 3 * i, r if most == 64 else r % (most + 1)) for rows, r in batch]
         batch += [(70 - 3 * i, (100 if most == 64 else most) - i % 3)]
-        M, K, dropout = sum(rows for rows, _ in batch), 128 * (i % 4) + 64 + 8 * i, Dropout(0.75) if i % 3 else None
+        M, K, dropout = (
+            sum(rows for rows, _ in batch),
+            128 * (i % 4) + 64 + 8 * i,
+            Dropout(0.75, SEED + i % 2 * 0x100000001) if i % 3 else None,
+        )
         K, padding = (K, 0) if vector else (K + i % 8, 3)
-        adapters, x = segments.make_adapters(batch, K, 8, dtypes.adapter), whole_normal(M, K, dtype=dtypes.x)
+        adapters, x = segments.make_adapters(batch, K, 8, dtypes.adapter), _odd(whole_normal(M, K, dtype=dtypes.x))
         if i < 4:
             for a in adapters:
                 a.A = whole(a.A)
@@ -114,7 +124,7 @@ def down_segments(kernel: Kernel, _: Device) -> Iterator[Case]:
     counts = Counts(products(dtypes) * 8 * 16 * most // 8, x.nbytes + 2 * adapters[0].A.nbytes if vector else 0)
     yield _of_segments(x, adapters, Dropout(0.5), 1, padding)._replace(counts=counts)
     for p in _thresholds():
-        x = whole_normal(16, 128, dtype=dtypes.x)
+        x = _odd(whole_normal(16, 128, dtype=dtypes.x))
         adapters = segments.make_adapters([(16, most)], 128, 8, dtypes.adapter)
         adapters[0].A = whole(adapters[0].A)
         yield _of_segments(x, adapters, Dropout(p, SEED), 1, padding)
@@ -134,7 +144,7 @@ def _of_segments(x: Tensor, adapters: list[segments.Adapter], dropout: Dropout |
 def backward_down(kernel: Kernel, _: Device) -> Iterator[Case]:
     dtypes = kernel.dtypes
     for M, K, r, sm_count, dropout, single, aligned in _shapes(kernel, 128):
-        x, dS = whole_normal(M, K, dtype=dtypes.x), whole_normal(M, r, dtype=F32)
+        x, dS = _odd(whole_normal(M, K, dtype=dtypes.x)), whole_normal(M, r, dtype=F32)
         if single:
             x, dS = one_of_each_row(K, M).T.to(dtypes.x), normal(M, r, dtype=F32)
 
