@@ -10,7 +10,7 @@ checker reports, a counter is another one; or if the executor refuses it, or it 
 Every kernel instance gives the same number of mutants, spread evenly over the kinds of changes: drawn from all instructions
 alike, mov and mma of unrolled loops would be most of them. The draw is a function of the kernel's name.
 
-Why a survivor does no harm is written down in cuda_mutants.tsv: .cu file, kind, PTX without register numbers, reason.
+Why a survivor is none the tests could notice, or that it is a gap of theirs, is written down in cuda_mutants.tsv: .cu file, kind, PTX without register numbers, reason.
 """
 
 import argparse
@@ -251,18 +251,18 @@ def report(results: dict[Kernel, Result], why: dict[tuple[str, ...], str]) -> st
     return f"""# CUDA kernels: mutants
 
 Written by `tools/cuda_mutants.py`. One instruction of a kernel's PTX (compute_{ARCH}) is changed, and the launches of
-`tests/cuda_cases`, most of which the suite runs, must notice. **{share:.1%}** of the {count} mutants of {len(results)} kernel
-instances are noticed, estimated from a sample of {len(rows)}.
+`tests/cuda_cases`, most of which the suite runs, must notice: {len(rows)} mutants of {len(results)} kernel instances, of which
+**{of_sample:.1%}** are noticed. Survivors that are explained below count as survivors; nearly all of them are changes after
+which the kernel does the same as before.
 
-The sample is drawn evenly over the kinds of changes, so that rare ones are in it (most instructions of an unrolled loop are mov
-and mma), and each kind counts for as many mutants as there are of it. Of the sample itself, {of_sample:.1%} are noticed: rare
-kinds are those that have most changes after which a kernel does the same as before. Survivors that are explained below count as
-survivors in either number.
+The sample is drawn evenly over the kinds of changes, so that rare ones are in it: most instructions of an unrolled loop are mov
+and mma. If each kind of an instance counts for as many mutants as there are of it, {count} in all, {share:.1%} are noticed.
 
 Mutants are drawn from what the launches execute: {executed} of {instructions} instructions, in every
 instance of every kernel but those in fp16, which are their bf16 siblings with other types. The rest is paths that no launcher
 reaches, and in the forms that share gemm.cuh with `lora_forward` and `lora_backward_dx`, paths that are looked at there. Not
-drawn, since nothing could notice: cache hints.
+drawn, since nothing could notice: cache hints; numbers, operators and registers for which a register's zero bits or known value
+prove that the result is the same; waits of kernels that copy nothing by cp.async.
 
 What notices a mutant is what does so first. `executor`: it is refused. `time`: it does not end.
 

@@ -41,6 +41,8 @@ def shapes(kernel: Kernel) -> Iterator[Shape]:
         wide = columns * (i // 3 % 3) + columns // 8 * (5 * i % 8) + 3 * i % 8 + 1
         deep = depth * (7 * i % (stages + 2)) + 11 * i % depth + 1
         yield Shape(M, wide, deep, (5 * i + 3) % 24 + 1, (F32, kernel.type)[i // 4 % 2])
+    for i in range(8):  # whole tiles of out, every end of four ranks
+        yield Shape(rows, columns, 9, i % 4 + 13, (F32, kernel.type)[i // 4])
     yield Shape(9 * rows + 3, columns + 1, 9, 4, kernel.type)  # more than a group of rows of tiles
     for i in range(columns // 4):  # out ends in each pair of columns
         yield Shape(3, 4 * i + i % 4 + 1, 8, 4, kernel.type)
@@ -298,6 +300,7 @@ def group(kernel: Kernel, _: Device) -> Iterator[Case]:
     for i, shape in enumerate(shapes(kernel)):
         layout_out = "odd" if i % 4 == 2 else how["layout"]
         of_group = [(N * (i % 2 + 1) + i, r + i // 3 % 4) for N, r in group_op.GROUPS[1 + i % 3]]
+        of_group = [(shape.wide, shape.r), (8, 4)] if i >= 16 else of_group
         ranks = sum(r for _, r in of_group)
         gate = (None, None, whole_normal(ranks, dtype=F32), whole_normal(shape.M, ranks, dtype=F32))[i % 4] if is_dx else None
         yield made(layers_of(shape, of_group, dropout_p=i % 3 % 2 / 2 if is_dx else 0.0), gate, layout_out=layout_out)
@@ -310,6 +313,7 @@ def group(kernel: Kernel, _: Device) -> Iterator[Case]:
         yield made(layers_of(parts, [(40 if is_dx else columns + 3, 20)] * 2, of_parts))
         layers = layers_of(Shape(rows, columns, 8, 1, adapter), [(columns, 1), (columns, 1)])
         yield made([without_adapter(layer) for layer in layers])
+        yield made([layers[0], without_adapter(layers[1])])
     if is_dx:
 
         def layer(p: float) -> compare.Case:

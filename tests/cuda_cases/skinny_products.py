@@ -40,7 +40,7 @@ def _shapes(kernel: Kernel, columns: int) -> Iterator[Skinny]:
         yield Skinny(64 + 2, 4 * columns + 40, 100 if most == 64 else most - 4, 8, None, single)
         yield Skinny(4 * 64 + 37, 24, most - 8 if most > 16 else 8, 2, None, single)
     for i in range(16):  # up to four tiles one way and three the other; an end in each eighth of a tile, and of its ranks
-        rows = 64 * (i % 4) + 8 * (i % 8) + 3 * i % 8 + 2
+        rows = 64 * ((i + i // 8) % 4) + 8 * (i % 8) + (3 * i + 2) % 8
         wide = columns * ((i + i // 4) % 3) + 5 * i % 16 * (columns // 16)
         rank = least + (4 * (i % ((most - least) // 4) + 1) if vector else (5 * i + 1) % (most - least) + 1)
         beyond = 64 - least if most == 64 and i % 2 else 0
