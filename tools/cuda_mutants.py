@@ -10,7 +10,8 @@ checker reports, a counter is another one; or if the executor refuses it, or it 
 Every kernel instance gives the same number of mutants, spread evenly over the kinds of changes: drawn from all instructions
 alike, mov and mma of unrolled loops would be most of them. The draw is a function of the kernel's name.
 
-Why a survivor is none the tests could notice, or that it is a gap of theirs, is written down in cuda_mutants.tsv: .cu file, kind, PTX without register numbers, reason.
+Why the tests could not notice a survivor, or that it is a gap of theirs, is written down in cuda_mutants.tsv: .cu file, kind,
+PTX without register numbers, reason.
 """
 
 import argparse

@@ -184,8 +184,7 @@ __device__ __forceinline__ float at_column(const void* vector, bool f32, int col
 // out = out_scale ∘ acc + bias, or out = out_scale ∘ (out + acc) + bias, through shared memory, so that global memory sees 16
 // neighbouring bytes per thread.
 template <class T, class TileT, class P>
-__device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const P& p, uint32_t shared, int row0,
-                                          int column0) {
+__device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const P& p, uint32_t shared, int row0, int column0) {
   constexpr int kRowBytes = TileT::kColumns * 2, kChunks = TileT::kColumns / kVectorElements,
                 kPassRows = kGemmThreads / kChunks;
   const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
@@ -268,8 +267,8 @@ __device__ __forceinline__ void add_low_rank(Accumulators<TileT>& acc, const P& 
 }
 
 // `in` and `weight` are copies as above, or anything else whose start(stage) brings its next step's tile into shared memory,
-// by cp.async or by stores, and WeightT is what loads fragments of the weight from there. P is derived from Gemm, and may have an
-// add_low_rank of its own.
+// by cp.async or by stores, and WeightT is what loads fragments of the weight from there. P is derived from Gemm, and may have
+// an add_low_rank of its own.
 template <class T, class TileT, class WeightT, bool kDropout, class P, class InCopies, class WeightCopies>
 __device__ __forceinline__ void gemm(const P& p, int row0, int column0, int steps, InCopies in, WeightCopies weight) {
   const uint32_t shared = shared_address(shared_memory());

@@ -14,8 +14,8 @@ void launch_tile_4bit(const char* name, Gemm4Bit<kDropout> p, void* stream, cons
 
 // gemm has everything but the weight (N, K), which is its columns x depth in the forward and depth x columns in dx.
 template <bool kDropout>
-Gemm4Bit<kDropout> with_weight(const char* name, const Gemm& gemm, const Matrix& in, const CudaQuantizedWeight& weight, int64_t K,
-                            const std::string& shapes) {
+Gemm4Bit<kDropout> with_weight(const char* name, const Gemm& gemm, const Matrix& in, const CudaQuantizedWeight& weight,
+                               int64_t K, const std::string& shapes) {
   require(K % kChunk == 0, name, "K is a multiple of 128", shapes);
   require(reinterpret_cast<uintptr_t>(weight.codes) % kVectorBytes == 0, name, "codes begin at a multiple of 16 bytes", shapes);
   require(aligned(in.data, in.row_stride, kVectorElements, in.dtype), name, "rows begin at multiples of 16 bytes", shapes);
