@@ -4,8 +4,8 @@
     python tools/cuda_mutants.py --kernel lora_down --each 100 --out /tmp
 
 A mutant runs behind the real launch code on the executor of tests/ptx, in the launches of tests/cuda_cases, of which the suite
-runs those of unlike instances and some of the others. Each is a process of its own. It is noticed if a value is another one, a
-checker reports, a counter is another one; or if the executor refuses it, or it does not come to an end.
+runs a third for unlike instances and fewer for the others. Each is a process of its own. It is noticed if a value is another
+one, a checker reports, a counter is another one; or if the executor refuses it, or it does not come to an end.
 
 Every kernel instance gives the same number of mutants, spread evenly over the kinds of changes: drawn from all instructions
 alike, mov and mma of unrolled loops would be most of them. The draw is a function of the kernel's name.
@@ -252,7 +252,7 @@ def report(results: dict[Kernel, Result], why: dict[tuple[str, ...], str]) -> st
     return f"""# CUDA kernels: mutants
 
 Written by `tools/cuda_mutants.py`. One instruction of a kernel's PTX (compute_{ARCH}) is changed, and the launches of
-`tests/cuda_cases`, most of which the suite runs, must notice: {len(rows)} mutants of {len(results)} kernel instances, of which
+`tests/cuda_cases`, some of which the suite runs, must notice: {len(rows)} mutants of {len(results)} kernel instances, of which
 **{of_sample:.1%}** are noticed. Survivors that are explained below count as survivors; nearly all of them are changes after
 which the kernel does the same as before.
 
