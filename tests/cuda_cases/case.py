@@ -19,14 +19,14 @@ class Counts(NamedTuple):
     """Of a launch of whole tiles, of rows that are aligned."""
 
     mma: int
-    copied: int | None  # bytes, by cp.async
+    copied: int  # bytes, by cp.async
 
     def check(self, counters: Counters) -> None:
         copies, stores = counters.matching("cp.async"), counters.matching("st.global")
         assert counters.bank_conflicts == [], "bank conflicts"
         assert counters.mma_count == self.mma, f"{counters.mma_count} mma of {self.mma}"
         copied = copies.total("global_bytes")
-        assert self.copied in (None, copied), f"{copied} bytes copied of {self.copied}"
+        assert copied == self.copied, f"{copied} bytes copied of {self.copied}"
         for some in (copies, stores):
             assert some.total("sectors") == some.total("ideal_sectors"), "sectors"
 
