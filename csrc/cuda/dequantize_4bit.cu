@@ -22,8 +22,8 @@ constexpr int kNibbles = kRunsPerChunk;                                    // of
 
 struct Args {
   CudaDequantize4Bit p;
-  int shift;           // of the block size
-  int64_t row_blocks;  // blocks of threads per row
+  int shift;            // of the block size
+  unsigned row_blocks;  // blocks of threads per row
   float values[kCodes];
 };
 
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_rows_kernel(const __grid_
   store_values(values_table(), args.values);
   __syncthreads();
   const int64_t row = blockIdx.x / args.row_blocks;
-  const int64_t chunk = blockIdx.x % args.row_blocks * kChunksOfRow + threadIdx.x / kPairs;
+  const int64_t chunk = int64_t{blockIdx.x % args.row_blocks} * kChunksOfRow + threadIdx.x / kPairs;
   const int d = threadIdx.x % kPairs;
   const int64_t left = p.K - chunk * kChunk;
   if (left <= 0) return;
@@ -109,7 +109,8 @@ void launch_typed(const Args& args, void* stream, const std::string& sizes) {
 void launch_dequantize_4bit(const CudaDequantize4Bit& p, void* stream) {
   const std::string sizes = shapes("N", p.N, "K", p.K, "blocksize", p.weight.blocksize);
   constexpr int64_t kWeightsOfBlock = int64_t{kChunk} * kChunksOfRow;
-  Args args{p, shift_of("dequantize_4bit", p.weight.blocksize, sizes), (p.K + kWeightsOfBlock - 1) / kWeightsOfBlock, {}};
+  const auto row_blocks = static_cast<unsigned>((p.K + kWeightsOfBlock - 1) / kWeightsOfBlock);
+  Args args{p, shift_of("dequantize_4bit", p.weight.blocksize, sizes), row_blocks, {}};
   std::copy_n(code_table(p.weight.quant_type).values, kCodes, args.values);
   switch (p.dtype) {
     case DType::f32:

@@ -184,7 +184,8 @@ __device__ __forceinline__ float at_column(const void* vector, bool f32, int col
 // out = out_scale ∘ acc + bias, or out = out_scale ∘ (out + acc) + bias, through shared memory, so that global memory sees 16
 // neighbouring bytes per thread.
 template <class T, class TileT, class P>
-__device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const P& p, uint32_t shared, int row0, int column0) {
+__device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const P& p, bool accumulate, uint32_t shared,
+                                          int row0, int column0) {
   constexpr int kRowBytes = TileT::kColumns * 2, kChunks = TileT::kColumns / kVectorElements,
                 kPassRows = kGemmThreads / kChunks;
   const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
@@ -192,7 +193,7 @@ __device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const 
   const bool vector = p.out_vector && count == kVectorElements;
   uint16_t* out = p.out + (row0 + row) * p.out_stride + column0 + chunk * kVectorElements;
   const uint32_t at = shared + swizzle<kRowBytes>(row, chunk);
-  if (p.accumulate) {
+  if (accumulate) {
 #pragma unroll 2
     for (int i = 0; i < TileT::kRows; i += kPassRows) {
       const int existing = row0 + row + i < p.M ? count : 0;
@@ -220,7 +221,7 @@ __device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const 
       const uint32_t address =
           shared + swizzle<kRowBytes>(place.row(i / 2) + i % 2 * 8, column / kVectorElements) + column % kVectorElements * 2;
       float first = acc[i / 2][j][i % 2 * 2], second = acc[i / 2][j][i % 2 * 2 + 1];
-      if (p.accumulate) {
+      if (accumulate) {
         const uint32_t pair = load_shared4(address);
         first += T::first(pair);
         second += T::second(pair);
@@ -270,7 +271,8 @@ __device__ __forceinline__ void add_low_rank(Accumulators<TileT>& acc, const P& 
 // by cp.async or by stores, and WeightT is what loads fragments of the weight from there. P is derived from Gemm, and may have
 // an add_low_rank of its own.
 template <class T, class TileT, class WeightT, bool kDropout, class P, class InCopies, class WeightCopies>
-__device__ __forceinline__ void gemm(const P& p, int row0, int column0, int steps, InCopies in, WeightCopies weight) {
+__device__ __forceinline__ void gemm(const P& p, bool accumulate, int row0, int column0, int steps, InCopies in,
+                                     WeightCopies weight) {
   const uint32_t shared = shared_address(shared_memory());
   const auto start_copies = [&](uint32_t stage) {
     in.start(stage);
@@ -318,25 +320,27 @@ __device__ __forceinline__ void gemm(const P& p, int row0, int column0, int step
     cp_async_wait<0>();
     __syncthreads();
   }
-  store_out<T, TileT>(acc, p, shared, row0, column0);
+  store_out<T, TileT>(acc, p, accumulate, shared, row0, column0);
 }
 
-// kWeightRows: the weight is (columns, depth) in memory. kVector: in's and weight's rows are aligned to 16 bytes.
+// kWeightRows: the weight is (columns, depth) in memory. kVector: in's and weight's rows are aligned to 16 bytes. accumulate:
+// there is neither, and out holds their product.
 template <class T, class TileT, bool kWeightRows, bool kVector, bool kDropout, class P>
-__device__ __forceinline__ void gemm_tile(const P& p, int2 tile) {
+__device__ __forceinline__ void gemm_tile(const P& p, bool accumulate, int2 tile) {
   using InCopies = RowCopies<TileT::kRows, TileT::kDepth, kVector>;
   using WeightCopies = std::conditional_t<kWeightRows, RowCopies<TileT::kColumns, TileT::kDepth, kVector>,
                                           ColumnCopies<TileT::kColumns, TileT::kDepth, kVector>>;
   const int row0 = tile.x * TileT::kRows, column0 = tile.y * TileT::kColumns;
-  const int steps = p.accumulate ? 0 : steps_of(p.depth, TileT::kDepth);
+  const int steps = accumulate ? 0 : steps_of(p.depth, TileT::kDepth);
   gemm<T, TileT, WeightFragments<TileT, kWeightRows>, kDropout>(
-      p, row0, column0, steps, InCopies(p.in, p.in_stride, row0, p.M, p.depth),
+      p, accumulate, row0, column0, steps, InCopies(p.in, p.in_stride, row0, p.M, p.depth),
       WeightCopies(p.weight, p.weight_stride, column0, p.columns, p.depth));
 }
 
 template <class T, class TileT, bool kWeightRows, bool kVector, bool kDropout>
 __global__ void __launch_bounds__(kGemmThreads, 2) gemm_kernel(const __grid_constant__ GemmOf<kDropout> p) {
-  gemm_tile<T, TileT, kWeightRows, kVector, kDropout>(p, tile_of_block(p.tiles_m, p.tiles_n));
+  gemm_tile<T, TileT, kWeightRows, kVector, kDropout>(p, kWeightRows && kVector && p.accumulate,
+                                                      tile_of_block(p.tiles_m, p.tiles_n));
 }
 
 }  // namespace lora_ops

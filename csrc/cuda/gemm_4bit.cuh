@@ -28,7 +28,7 @@ namespace lora_ops {
 
 template <bool kDropout>
 struct Gemm4Bit {
-  Plain<WithWeight<GemmOf<kDropout>>> gemm;
+  Plain<GemmOf<kDropout>> gemm;
   CudaQuantizedWeight weight;
   int64_t row_weights;  // K, half as many bytes of codes
   int shift;            // of the block size
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kGemmThreads, 2) gemm_4bit_kernel(const __grid
   store_values(shared_address(shared_memory()) + TileT::kStagesBytes, p.values);
   const int2 tile = tile_of_block(p.gemm.tiles_m, p.gemm.tiles_n);
   const int row0 = tile.x * TileT::kRows, column0 = tile.y * TileT::kColumns;
-  gemm<T, TileT, Fragments4Bit<T, TileT>, kDropout>(p.gemm, row0, column0, steps_of(p.gemm.depth, TileT::kDepth),
+  gemm<T, TileT, Fragments4Bit<T, TileT>, kDropout>(p.gemm, false, row0, column0, steps_of(p.gemm.depth, TileT::kDepth),
                                                     InCopies(p.gemm.in, p.gemm.in_stride, row0, p.gemm.M, p.gemm.depth),
                                                     Copies4Bit<TileT, kDropout>(p, column0));
 }

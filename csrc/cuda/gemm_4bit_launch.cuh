@@ -19,7 +19,7 @@ Gemm4Bit<kDropout> with_weight(const char* name, const Gemm& gemm, const Matrix&
   require(K % kChunk == 0, name, "K is a multiple of 128", shapes);
   require(reinterpret_cast<uintptr_t>(weight.codes) % kVectorBytes == 0, name, "codes begin at a multiple of 16 bytes", shapes);
   require(aligned(in.data, in.row_stride, kVectorElements, in.dtype), name, "rows begin at multiples of 16 bytes", shapes);
-  Gemm4Bit<kDropout> p{{{{gemm}}}, weight, K, shift_of(name, weight.blocksize, shapes), {}};
+  Gemm4Bit<kDropout> p{{{gemm}}, weight, K, shift_of(name, weight.blocksize, shapes), {}};
   std::copy_n(code_table(weight.quant_type).values, kCodes, p.values);
   return p;
 }

@@ -149,7 +149,7 @@ inline void set_left(Gemm& p, int64_t left_stride, const float* gate, int64_t ga
 inline void set_weight(DenseGemm& op, const Matrix& weight) {
   require(weight.data == nullptr || weight.dtype == op.dtype, op.name, "takes bf16 or fp16, and one of them", op.shapes);
   require(weight.col_stride == 1 || weight.row_stride == 1, op.name, "the weight's rows or columns are contiguous", op.shapes);
-  op.weight_rows = weight.col_stride == 1;
+  op.weight_rows = weight.data == nullptr || weight.col_stride == 1;
   op.gemm.weight = static_cast<const uint16_t*>(weight.data);
   op.gemm.weight_stride = op.weight_rows ? weight.row_stride : weight.col_stride;
   op.gemm.accumulate = weight.data == nullptr;

@@ -63,7 +63,8 @@ __device__ __forceinline__ void add_low_rank(Accumulators<TileT>& acc, const Seg
 
 template <class T, class TileT, bool kWeightRows, bool kVector, bool kDropout>
 __global__ void __launch_bounds__(kGemmThreads, 2) gemm_segments_kernel(const __grid_constant__ SegmentedGemm<kDropout> p) {
-  gemm_tile<T, TileT, kWeightRows, kVector, kDropout>(p, tile_of_block(p.tiles_m, p.tiles_n));
+  gemm_tile<T, TileT, kWeightRows, kVector, kDropout>(p, kWeightRows && kVector && p.accumulate,
+                                                      tile_of_block(p.tiles_m, p.tiles_n));
 }
 
 template <bool kDropout>

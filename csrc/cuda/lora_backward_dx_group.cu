@@ -15,7 +15,7 @@ struct Product {
 };
 
 // The Gemm is all but the dense products, and has no `in`, `weight` and `depth`.
-struct GemmSum : WithWeight<GemmDx> {
+struct GemmSum : GemmDx {
   int count;
   Product products[kMaxGroup];
 };
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kGemmThreads, 2) gemm_sum_kernel(const __grid_
   const SumCopies<TileT, InCopies, WeightCopies> copies(p, row0, column0);
   int steps = 0;
   for (int i = 0; i < p.count; ++i) steps += copies.steps(i);
-  gemm<T, TileT, WeightFragments<TileT, kWeightRows>, true>(p, row0, column0, steps, copies, NoCopies{});
+  gemm<T, TileT, WeightFragments<TileT, kWeightRows>, true>(p, false, row0, column0, steps, copies, NoCopies{});
 }
 
 struct GemmSumKernel {
@@ -81,7 +81,7 @@ void launch_lora_backward_dx_group(const CudaLoraBackwardDx* ops, int count, voi
   require(count >= 1 && count <= kMaxGroup, name, "takes one to four layers", shape("count", count));
   if (count == 1) return launch_lora_backward_dx(ops[0], stream);
   const DenseGemm first = gemm_of(name, ops[0]);
-  GemmSum sum{{{first.gemm}}, count, {}};
+  GemmSum sum{{first.gemm}, count, {}};
   bool vector = true;
   for (int i = 0; i < count; ++i) {
     CudaLoraBackwardDx layer = ops[0];

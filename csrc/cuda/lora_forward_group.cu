@@ -11,7 +11,7 @@ namespace {
 struct GemmGroup {
   int tiles_m, tiles_n;       // of all layers
   int first_tile[kMaxGroup];  // of a layer's columns. Layers that do not exist have no columns, behind all others
-  WithWeight<Gemm> layer[kMaxGroup];
+  Gemm layer[kMaxGroup];
 };
 
 template <class T, class TileT, bool kWeightRows, bool kVector>
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kGemmThreads, 2) gemm_group_kernel(const __gri
   int layer = 0;
 #pragma unroll
   for (int i = 1; i < kMaxGroup; ++i) layer += tile.y >= group.first_tile[i];
-  gemm_tile<T, TileT, kWeightRows, kVector, false>(group.layer[layer], {tile.x, tile.y - group.first_tile[layer]});
+  gemm_tile<T, TileT, kWeightRows, kVector, false>(group.layer[layer], false, {tile.x, tile.y - group.first_tile[layer]});
 }
 
 struct GemmGroupKernel {
@@ -53,7 +53,7 @@ void launch_lora_forward_group(const CudaLoraForward* ops, int count, void* stre
   for (int i = 0; i < count; ++i) {
     const DenseGemm op = gemm_of(name, ops[i]);
     const Gemm& p = op.gemm;
-    group.layer[i] = {p};
+    group.layer[i] = p;
     require(p.in == first.gemm.in && p.in_stride == first.gemm.in_stride && p.M == first.gemm.M && p.depth == first.gemm.depth,
             name, "layers share x", op.shapes);
     require(

@@ -53,7 +53,7 @@ struct Gemm {
   int64_t right_column_stride, right_rank_stride;
   float factor;
   DeviceDropout dropout;
-  bool accumulate;  // out already holds in weightᵀ, and both are absent
+  bool accumulate;  // out already holds in weightᵀ, and both are absent: of rows that are vectors, says set_weight
   bool right_f32, bias_f32;
   bool left_vector, right_vector, out_vector;  // four neighbouring ranks, or eight columns, are one aligned load or store
   int64_t left_stride;
@@ -66,10 +66,6 @@ struct Gemm {
 // What is constant in some kernels hides the member that it is a value of, and the compiler leaves out what depends on it.
 struct GemmDx : Gemm {
   static constexpr const void *out_scale = nullptr, *bias = nullptr;
-};
-template <class P>
-struct WithWeight : P {
-  static constexpr bool accumulate = false;
 };
 template <class P>
 struct Plain : P {

@@ -17,8 +17,9 @@ constexpr int kPairs = kChunkBytes / 4, kChunksOfRow = kThreads / kPairs;
 
 struct Args {
   CudaQuantize4Bit p;
-  int shift;                   // of the block size
-  int64_t blocks, row_blocks;  // of scales; of threads per row
+  int shift;            // of the block size
+  int64_t blocks;       // of scales
+  unsigned row_blocks;  // blocks of threads per row
 };
 
 template <class T>
@@ -54,7 +55,7 @@ template <class T, QuantType kType>
 __global__ void __launch_bounds__(kThreads) encode_kernel(const __grid_constant__ Args args) {
   const CudaQuantize4Bit& p = args.p;
   const int64_t row = blockIdx.x / args.row_blocks;
-  const int64_t chunk = blockIdx.x % args.row_blocks * kChunksOfRow + threadIdx.x / kPairs;
+  const int64_t chunk = int64_t{blockIdx.x % args.row_blocks} * kChunksOfRow + threadIdx.x / kPairs;
   const int d = threadIdx.x % kPairs;
   const int64_t left = p.K - chunk * kChunk;
   if (left <= 0) return;
@@ -92,7 +93,8 @@ void launch_quantize_4bit(const CudaQuantize4Bit& p, void* stream) {
   const std::string sizes = shapes("N", p.N, "K", p.K, "blocksize", p.blocksize);
   constexpr int64_t kWeightsOfBlock = int64_t{kChunk} * kChunksOfRow;
   const int shift = shift_of("quantize_4bit", p.blocksize, sizes);
-  const Args args{p, shift, (p.N * p.K + p.blocksize - 1) >> shift, (p.K + kWeightsOfBlock - 1) / kWeightsOfBlock};
+  const auto row_blocks = static_cast<unsigned>((p.K + kWeightsOfBlock - 1) / kWeightsOfBlock);
+  const Args args{p, shift, (p.N * p.K + p.blocksize - 1) >> shift, row_blocks};
   switch (p.dtype) {
     case DType::f32:
       return launch_typed<float>(args, stream, sizes);

@@ -16,11 +16,11 @@ constexpr int kReduceThreads = 256;
 __global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const Reductions reductions) {
   static_assert(kMaxReductions == 3, "each named: an index known at run time would copy them to local memory");
   const Reduction reduction = blockIdx.y == 0 ? reductions.item[0] : blockIdx.y == 1 ? reductions.item[1] : reductions.item[2];
-  const int64_t i = int64_t{blockIdx.x} * kReduceThreads + threadIdx.x;
+  const uint32_t i = blockIdx.x * kReduceThreads + threadIdx.x, columns = reduction.columns;
   if (i >= reduction.size) return;
   float sum = 0.f;
   for (int64_t split = 0; split < reduction.splits; ++split) sum += reduction.partials[split * reduction.size + i];
-  const int64_t to = reduction.row_stride == 0 ? i : i / reduction.columns * reduction.row_stride + i % reduction.columns;
+  const int64_t to = reduction.row_stride == 0 ? i : i / columns * reduction.row_stride + i % columns;
   switch (reduction.dtype) {
     case DType::f32:
       static_cast<float*>(reduction.out)[to] = sum;
@@ -40,6 +40,7 @@ void launch_reduce(const Reductions& reductions, void* stream) {
   int64_t largest = 0;
   for (const Reduction& reduction : reductions.item) largest = std::max(largest, reduction.size);
   if (largest == 0) return;
+  require(largest <= UINT32_MAX, "reduce", "too many sums", shapes("size", largest));
   const dim3 grid(static_cast<unsigned>(ceil_div(largest, kReduceThreads)), kMaxReductions);
   launch("reduce", reduce_kernel, grid, kReduceThreads, 0, stream, reductions, shapes("size", largest));
 }

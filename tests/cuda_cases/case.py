@@ -84,6 +84,11 @@ def whole_normal(*size: int, dtype: torch.dtype, draw: int = 0) -> Tensor:
     return whole(normal(*size, dtype=F64, draw=draw)).to(dtype)
 
 
+def odd(t: Tensor) -> Tensor:
+    """A multiple of whole numbers that takes every bit down to the last."""
+    return t * (1 + torch.finfo(t.dtype).eps)
+
+
 def one_of_each_row(rows: int, columns: int) -> Tensor:
     """(rows, columns) bool, and one of a column where there are no more rows than columns."""
     return (1009 * torch.arange(rows)[:, None] + 11) % columns == torch.arange(columns)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_ops import reference
 
-from .case import F64, Case, Counts, Kernel, Results, one_of_each_row, whole, whole_normal
+from .case import F64, Case, Counts, Kernel, Results, odd, one_of_each_row, whole, whole_normal
 
 # --- shapes and numbers -----------------------------------------------------------------------------------------------
 
@@ -92,6 +92,13 @@ def of_parts(case: compare.Case, is_dx: bool) -> compare.Case:
     else:
         numbers = {"x": of_in, "weight": weight, "lora_A": left.T.contiguous(), "lora_B": right}
     return replace(case, **numbers, bias=None, scaling=1.0)
+
+
+def of_last_bits(case: compare.Case, is_dx: bool) -> compare.Case:
+    """The base product is an element of the weight, odd in its last bit, everywhere."""
+    of_in = case.dy if is_dx else case.x
+    only = one_of_each_row(*of_in.shape).to(of_in.dtype)
+    return replace(case, **{"dy" if is_dx else "x": only}, weight=odd(case.weight))
 
 
 def without_adapter(case: compare.Case) -> compare.Case:
@@ -217,11 +224,11 @@ def one(kernel: Kernel, _: Device) -> Iterator[Case]:
             gate=gate,
             m=None if is_dx or i % 3 == 0 else m,
             offset=(0, 4, 3)[i % 3],
-            base=vector and weight_rows != is_dx and i % 4 == 1,
+            base=vector and weight_rows and i % 4 == 1,
         ).of_case()
     for i, shape in enumerate(_ends(kernel)):
         case = of_whole_numbers(make(kernel, shape, is_dx, bias=False), is_dx)
-        base = vector and weight_rows != is_dx and i < 8
+        base = vector and weight_rows and i < 8
         if base or not vector:
             odd = {"layout": "odd", "layout_out": "odd", "adapter_transposed": i // 2 % 2 > 0}
             yield Gemm(case, **how, **odd, base=base).of_case()
@@ -230,6 +237,8 @@ def one(kernel: Kernel, _: Device) -> Iterator[Case]:
         yield Gemm(without_adapter(case), **how, **plain).of_case()
         parts = of_parts(make(kernel, Shape(3 * rows + 5, columns + 3, 40, 20, adapter), is_dx), is_dx)
         yield Gemm(parts, **how, **plain).of_case()
+        if vector and weight_rows:
+            yield Gemm(of_last_bits(case, is_dx), **how, **plain, base=True).of_case()
     if is_dx:
         shape = Shape(rows, columns, 8, 4, F32)
         for case in at_thresholds(kernel, lambda p: of_low_rank(make(kernel, shape, is_dx, bias=False, dropout_p=p))):
@@ -383,15 +392,19 @@ def segments(kernel: Kernel, _: Device) -> Iterator[Case]:
         of_in, weight, K, N = operands(sum(rows_ for rows_, _ in batch), wide, deep)
         adapters = _adapters(batch, K, N, adapter, is_dx=is_dx)
         bias = whole_normal(N, dtype=(F32, kernel.type)[i % 2]) if not is_dx and i % 3 else None
-        base, layout_out = vector and weight_rows != is_dx and i % 5 == 4, ("odd", how["layout"], how["layout"])[i % 3]
+        base, layout_out = vector and weight_rows and i % 5 == 4, ("odd", how["layout"], how["layout"])[i % 3]
         yield made(of_in, weight, bias, adapters, Dropout(0.5) if is_dx and i % 2 else None, base=base, layout_out=layout_out)
     for i, (M, wide, deep, r, adapter) in enumerate(_ends(kernel)):
         of_in, weight, K, N = operands(M, wide, deep)
         adapters = _adapters([(i, r), (M - i, i % 8 + 1)], K, N, adapter, is_dx=is_dx)
-        base = vector and weight_rows != is_dx and i < 8
+        base = vector and weight_rows and i < 8
         if base or not vector:
             yield made(of_in, weight, None, adapters, base=base, layout_out="odd")
     for adapter in (F32, kernel.type):
+        if vector and weight_rows:
+            of_in, weight, K, N = operands(rows, columns, 8)
+            only, none = one_of_each_row(rows, 8).to(kernel.type), segments_op.make_adapters([(rows, 0)], K, N, adapter)
+            yield made(only, odd(weight), None, none, base=True)
         case = of_parts(make(kernel, Shape(3 * rows + 5, columns + 3, 40, 20, adapter), is_dx), is_dx)
         ranges = (slice(0, 9), slice(9, 3 * rows + 5))
         adapters = [segments_op.Adapter(s, case.lora_A, case.lora_B, 1.0) for s in ranges]

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lora_ops import reference
 
-from .case import F64, Case, Counts, Kernel, Results, one_of_each_row, times, whole, whole_normal
+from .case import F64, Case, Counts, Kernel, Results, odd, one_of_each_row, times, whole, whole_normal
 
-SCALING, SEED = 0.5, 0x123456789ABCDEF
+SCALING, SEED = 0.5, 0x123456789ABCDF1  # with which some numbers of each column that _thresholds looks at are odd
 
 
 class Skinny(NamedTuple):
@@ -39,9 +39,9 @@ def _shapes(kernel: Kernel, columns: int) -> Iterator[Skinny]:
         yield Skinny(2 * 64, 2 * columns, most, 1, Dropout(0.5), single, aligned=True)
         yield Skinny(64 + 2, 4 * columns + 40, 100 if most == 64 else most - 4, 8, None, single)
         yield Skinny(4 * 64 + 37, 24, most - 8 if most > 16 else 8, 2, None, single)
-    for i in range(16):  # up to four tiles one way and three the other; an end in each eighth of a tile, and of its ranks
+    for i in range(32):  # up to four tiles one way, with an end in each eighth of each, and three the other; and of its ranks
         rows = 64 * ((i + i // 8) % 4) + 8 * (i % 8) + (3 * i + 2) % 8
-        wide = columns * ((i + i // 4) % 3) + 5 * i % 16 * (columns // 16)
+        wide = columns * ((i + i // 4) % 3 if i < 16 else 0) + 5 * i % 16 * (columns // 16)
         rank = least + (4 * (i % ((most - least) // 4) + 1) if vector else (5 * i + 1) % (most - least) + 1)
         beyond = 64 - least if most == 64 and i % 2 else 0
         dropout = Dropout(0.75, SEED + i % 2 * 0x100000001) if i // 2 % 2 else None
@@ -51,22 +51,18 @@ def _shapes(kernel: Kernel, columns: int) -> Iterator[Skinny]:
 
 
 def _thresholds() -> Iterator[float]:
-    """The smallest numbers of one thread's columns, in even turns of a loop that drops rows or columns and in odd ones, each as
-    a threshold that keeps it and as one that drops it."""
+    """The smallest odd numbers of one thread's columns, in even turns of a loop that drops rows or columns and in odd ones,
+    each as a threshold that keeps it and as one that drops it."""
     bits = reference.dropout_bits(torch.tensor(SEED), 16, 128)
     for rows in (slice(0, 8, 2), slice(9, 16, 2)):
         for col in (c for c in range(128) if c % 32 < 2):
-            yield from ((int(bits[rows, col].min()) + above) / 65536 for above in (0, 1))
+            numbers = bits[rows, col][bits[rows, col] % 2 == 1]
+            yield from ((int(numbers.min()) + above) / 65536 for above in (0, 1))
 
 
 def _layout(kernel: Kernel, t: Tensor) -> Tensor:
     """Rows that begin at multiples of 16 bytes, or that do not."""
     return strided(t, 0, -t.shape[1] % 8) if kernel.flags[0] else strided(t, 1, 1 + t.shape[1] % 2)
-
-
-def _odd(t: Tensor) -> Tensor:
-    """A multiple that takes every bit down to the last."""
-    return t * (1 + torch.finfo(t.dtype).eps)
 
 
 def _kept(x: Tensor, dropout: Dropout | None) -> tuple[Tensor, float]:
@@ -81,7 +77,7 @@ def down(kernel: Kernel, _: Device) -> Iterator[Case]:
     for i, (M, columns, r, sm_count, dropout, single, aligned) in enumerate(_shapes(kernel, 128)):
         K = -(-columns // 8) * 8 if kernel.flags[0] else columns  # A is contiguous
         r = r - (i + i // 8) % 4 if kernel.flags[0] and not aligned else r  # nor does anything else depend on its rows
-        x = _odd(whole_normal(M, K, dtype=dtypes.x))
+        x = odd(whole_normal(M, K, dtype=dtypes.x))
         A = whole_normal(r, K, dtype=dtypes.adapter)
         if single:
             x, A = one_of_each_row(M, K).to(dtypes.x) * (1 - M % 2 * 2), normal(r, K, dtype=dtypes.adapter)
@@ -109,7 +105,7 @@ def down_segments(kernel: Kernel, _: Device) -> Iterator[Case]:
             Dropout(0.75, SEED + i % 2 * 0x100000001) if i % 3 else None,
         )
         K, padding = (K, 0) if vector else (K + i % 8, 3)
-        adapters, x = segments.make_adapters(batch, K, 8, dtypes.adapter), _odd(whole_normal(M, K, dtype=dtypes.x))
+        adapters, x = segments.make_adapters(batch, K, 8, dtypes.adapter), odd(whole_normal(M, K, dtype=dtypes.x))
         if i < 4:
             for a in adapters:
                 a.A = whole(a.A)
@@ -124,7 +120,7 @@ def down_segments(kernel: Kernel, _: Device) -> Iterator[Case]:
     counts = Counts(products(dtypes) * 8 * 16 * most // 8, x.nbytes + 2 * adapters[0].A.nbytes if vector else 0)
     yield _of_segments(x, adapters, Dropout(0.5), 1, padding)._replace(counts=counts)
     for p in _thresholds():
-        x = _odd(whole_normal(16, 128, dtype=dtypes.x))
+        x = odd(whole_normal(16, 128, dtype=dtypes.x))
         adapters = segments.make_adapters([(16, most)], 128, 8, dtypes.adapter)
         adapters[0].A = whole(adapters[0].A)
         yield _of_segments(x, adapters, Dropout(p, SEED), 1, padding)
@@ -144,7 +140,7 @@ def _of_segments(x: Tensor, adapters: list[segments.Adapter], dropout: Dropout |
 def backward_down(kernel: Kernel, _: Device) -> Iterator[Case]:
     dtypes = kernel.dtypes
     for M, K, r, sm_count, dropout, single, aligned in _shapes(kernel, 128):
-        x, dS = _odd(whole_normal(M, K, dtype=dtypes.x)), whole_normal(M, r, dtype=F32)
+        x, dS = odd(whole_normal(M, K, dtype=dtypes.x)), whole_normal(M, r, dtype=F32)
         if single:
             x, dS = one_of_each_row(K, M).T.to(dtypes.x), normal(M, r, dtype=F32)
 
@@ -202,10 +198,13 @@ def reduce(_: Kernel, device: Device) -> Iterator[Case]:
     for t in ("Bf16", "Half"):
         kernel = Kernel("lora_backward_up.cu", f"lora_backward_up_kernel<{t}, {t}, 16, true>")
         yield from (case._replace(counts=None) for case in list(backward_up(kernel, device))[1:12])
-    dy, B = whole_normal(70, 600, dtype=BF16), whole_normal(600, 6, dtype=F32)
+    for N in (600, 0):  # of no columns, no sums
+        dy, B = whole_normal(70, N, dtype=BF16), whole_normal(N, 6, dtype=F32)
 
-    def of_wider(run: Run) -> Results:
-        dS = torch.empty(70, 11)[:, 3:9]
-        return skinny.lora_backward_up(run.library, dy.clone(), B.clone(), torch.empty(0, 6), SCALING, wanted=("dS",), dS=dS)
+        def of_wider(run: Run, dy=dy, B=B) -> Results:
+            dS = torch.empty(70, 11)[:, 3:9]
+            return skinny.lora_backward_up(
+                run.library, dy.clone(), B.clone(), torch.empty(0, 6), SCALING, wanted=("dS",), dS=dS
+            )
 
-    yield Case(of_wider, lambda: {"dS": SCALING * (dy.double() @ B.double())})
+        yield Case(of_wider, lambda dy=dy, B=B: {"dS": SCALING * (dy.double() @ B.double())})
