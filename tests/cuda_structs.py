@@ -83,16 +83,17 @@ def matrix(t: Tensor | None) -> Matrix:
 LAYOUTS = ["plain", "padded", "odd"]
 
 
-def empty(rows: int, cols: int, dtype: torch.dtype, layout: str) -> Tensor:
-    stride = {"plain": cols, "padded": (cols + 15) // 8 * 8, "odd": cols + 1 + cols % 2}[layout]
+def empty(rows: int, cols: int, dtype: torch.dtype, layout: str, apart: int = 0) -> Tensor:
+    stride = {"plain": cols, "padded": (cols + 15) // 8 * 8 + apart, "odd": cols + 1 + cols % 2 + apart}[layout]
     return torch.empty(rows * stride + 1, dtype=dtype).as_strided((rows, cols), (stride, 1), int(layout == "odd"))
 
 
-def laid_out(t: Tensor, layout: str, transposed: bool = False) -> Tensor:
-    """t with rows, or with `transposed` columns, laid out so. What lies between rows is uninitialised memory."""
+def laid_out(t: Tensor, layout: str, transposed: bool = False, apart: int = 0) -> Tensor:
+    """t with rows, or with `transposed` columns, laid out so. What lies between rows is uninitialised memory, `apart` elements
+    more of it where there is any: no two operands then have the same strides."""
     if transposed:
-        return laid_out(t.T, layout).T
-    return empty(*t.shape, t.dtype, layout).copy_(t)
+        return laid_out(t.T, layout, apart=apart).T
+    return empty(*t.shape, t.dtype, layout, apart).copy_(t)
 
 
 def strides(t: Tensor | None) -> tuple[int | None, int]:

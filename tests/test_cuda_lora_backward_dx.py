@@ -37,7 +37,7 @@ def launch(
     (M, K), N, r, p = case.x.shape, case.weight.shape[0], case.lora_A.shape[0], case.dropout_p
     dx = empty(M, K, case.dy.dtype, layout) if base is None else laid_out(base, layout)
     dy = None if base is not None else laid_out(case.dy, layout)
-    weight = None if base is not None else laid_out(case.weight, layout, transposed)
+    weight = None if base is not None else laid_out(case.weight, layout, transposed, apart=8)
     lora_A, dS = laid_out(case.lora_A, layout), dS.clone()
     seed = None if case.seed is None else case.seed.clone()
     dropout = Dropout(None, 0, 1.0) if seed is None else Dropout(seed.data_ptr(), reference.dropout_threshold(p), 1 / (1 - p))

@@ -38,7 +38,7 @@ def launch(
     (M, K), N, r = case.x.shape, case.weight.shape[0], case.lora_A.shape[0]
     y = empty(M, N, case.x.dtype, layout) if base is None else laid_out(base, layout)
     x = None if base is not None else laid_out(case.x, layout)
-    weight = None if base is not None else laid_out(case.weight, layout, transposed)
+    weight = None if base is not None else laid_out(case.weight, layout, transposed, apart=8)
     lora_B, bias, S = (
         laid_out(case.lora_B, layout),
         None if case.bias is None else case.bias.to(case.lora_B.dtype, copy=True),

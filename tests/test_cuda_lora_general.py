@@ -67,7 +67,7 @@ def forward(
     """With an offset, S is the columns from there on of a wider matrix. With `base`, y holds it and the weight is absent."""
     (M, K), N, r = case.x.shape, case.weight.shape[0], case.lora_A.shape[0]
     S = (case.x.double() @ case.lora_A.double().T).float()
-    x, weight = (None, None) if base is not None else (laid_out(case.x, layout), laid_out(case.weight, layout))
+    x, weight = (None, None) if base is not None else (laid_out(case.x, layout), laid_out(case.weight, layout, apart=8))
     y = empty(M, N, case.x.dtype, layout) if base is None else laid_out(base, layout)
     S = columns_of_wider(S, offset)
     gate, m, bias, lora_B = (None if t is None else t.clone() for t in (gate, m, case.bias, case.lora_B))

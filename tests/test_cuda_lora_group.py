@@ -69,7 +69,7 @@ def forwards(
     for layer, gate, m in itertools.zip_longest(layers, gates, scales):
         N, r = layer.lora_B.shape
         gate, m = (None if t is None else t.clone() for t in (gate, m))
-        weight, lora_B = laid_out(layer.weight, layout, transposed), laid_out(layer.lora_B, layout)
+        weight, lora_B = laid_out(layer.weight, layout, transposed, apart=8), laid_out(layer.lora_B, layout)
         bias = None if layer.bias is None else layer.bias.clone()
         y = empty(x.shape[0], N, x.dtype, layout_out or layout)
         inputs += [weight, lora_B, bias, gate, m]
@@ -152,7 +152,7 @@ def backward_dx(
     seed = None if p == 0 else layers[0].seed.clone()
     dropout = Dropout(None, 0, 1.0) if seed is None else Dropout(seed.data_ptr(), reference.dropout_threshold(p), 1 / (1 - p))
     dx = empty(M, K, layers[0].x.dtype, layout_out or layout)
-    operands = [(laid_out(layer.dy, layout), laid_out(layer.weight, layout, transposed)) for layer in layers]
+    operands = [(laid_out(layer.dy, layout), laid_out(layer.weight, layout, transposed, apart=8)) for layer in layers]
     gate = None if gate is None else gate.clone()
     for t in (dS, lora_A, seed, gate, *itertools.chain(*operands)):
         if t is not None:

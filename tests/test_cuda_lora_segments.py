@@ -192,7 +192,7 @@ def forward(
     (M, K), N = x.shape, adapters[0].B.shape[0]
     segments, kept = on_device(run, adapters)
     x, S = laid_out(x, layout), S.clone()
-    weight = None if weight is None else laid_out(weight, layout, transposed)
+    weight = None if weight is None else laid_out(weight, layout, transposed, apart=8)
     bias = None if bias is None else bias.clone()
     out = layout_out or layout
     y = empty(M, N, x.dtype, out) if base is None else laid_out(base, out)
@@ -305,7 +305,7 @@ def backward_dx(
     out = layout_out or layout
     dx = empty(M, K, dy.dtype, out) if base is None else laid_out(base, out)
     lora_A, dy = matrix(adapters[0].A), laid_out(dy, layout)
-    weight = None if weight is None else laid_out(weight, layout, transposed)
+    weight = None if weight is None else laid_out(weight, layout, transposed, apart=8)
     for t in (dy, weight, dS):
         if t is not None:
             run.register(t, readonly=True)

@@ -111,4 +111,7 @@ def same(before: str, after: str, zeros: Zeros) -> bool:
         at, length, now = int(items[3]), int(items[4]), int(changed[4])
         moved = (_mask(length) ^ _mask(now)) << at & _mask(bits)
         return moved & ~(a << at & b) == 0
+    if opcode == other and opcode.startswith("bfi") and items[:3] == changed[:3] and items[4] == changed[4]:
+        fields = [_mask(int(items[4])) << int(at) & _mask(bits) for at in (items[3], changed[3]) if at.isdigit()]
+        return len(fields) == 2 and ~a & _mask(int(items[4])) == 0 and (fields[0] ^ fields[1]) & ~b == 0
     return False

@@ -44,8 +44,8 @@ def shapes(kernel: Kernel) -> Iterator[Shape]:
     for i in range(8):  # whole tiles of out, every end of four ranks
         yield Shape(rows, columns, 9, i % 4 + 13, (F32, kernel.type)[i // 4])
     yield Shape(9 * rows + 3, columns + 1, 9, 4, kernel.type)  # more than a group of rows of tiles
-    for i in range(columns // 4):  # out ends in each pair of columns
-        yield Shape(3, 4 * i + i % 4 + 1, 8, 4, kernel.type)
+    for i in range(columns // 2):  # out ends twice in each four columns, behind an even one and behind an odd one
+        yield Shape(3, 2 * i + i % 2 + 1, 8, 4, kernel.type)
 
 
 def _ends(kernel: Kernel) -> Iterator[Shape]:
@@ -158,7 +158,7 @@ class Gemm(NamedTuple):
         base = case.dy.double() @ case.weight.double() if is_dx else case.x.double() @ case.weight.double().T
         out = laid_out(base.to(wide.dtype), self.layout_out) if self.base else empty(*base.shape, wide.dtype, self.layout_out)
         wide = None if self.base else laid_out(wide, self.layout)
-        weight = None if self.base else laid_out(case.weight, self.layout, self.transposed)
+        weight = None if self.base else laid_out(case.weight, self.layout, self.transposed, apart=8)
         adapter = laid_out(adapter, self.layout_out, self.adapter_transposed)
         low_rank = general.columns_of_wider((dx if is_dx else forward).down(case), self.offset)
         gate, m, bias = (None if t is None else t.clone() for t in (self.gate, self.m, case.bias))
@@ -394,6 +394,9 @@ def segments(kernel: Kernel, _: Device) -> Iterator[Case]:
         bias = whole_normal(N, dtype=(F32, kernel.type)[i % 2]) if not is_dx and i % 3 else None
         base, layout_out = vector and weight_rows and i % 5 == 4, ("odd", how["layout"], how["layout"])[i % 3]
         yield made(of_in, weight, bias, adapters, Dropout(0.5) if is_dx and i % 2 else None, base=base, layout_out=layout_out)
+    of_in, weight, K, N = operands(9 * rows + 3, columns + 1, 9)  # more than a group of rows of tiles
+    adapters = _adapters([(4 * rows, 3), (5 * rows + 3, 4)], K, N, kernel.type, is_dx=is_dx)
+    yield made(of_in, weight, None, adapters)
     for i, (M, wide, deep, r, adapter) in enumerate(_ends(kernel)):
         of_in, weight, K, N = operands(M, wide, deep)
         adapters = _adapters([(i, r), (M - i, i % 8 + 1)], K, N, adapter, is_dx=is_dx)

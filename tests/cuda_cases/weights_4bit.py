@@ -98,7 +98,9 @@ def gemv(kernel: Kernel, _: Device) -> Iterator[Case]:
 def dequantize(kernel: Kernel, _: Device) -> Iterator[Case]:
     """Bit for bit the CPU's: every kind of row's end, nested scales and not, blocks within rows and across them."""
     by_chunks = kernel.name.startswith("dequantize_chunks")
-    for i, K in enumerate((128, 384, 256, 1024, 640, 2176) if by_chunks else (1, 31, 64, 65, 97, 127, 300, 1023, 1100, 2049)):
+    for i, K in enumerate(
+        (128, 384, 256, 1024, 640, 2176) if by_chunks else (1, 30, 33, 64, 65, 98, 127, 300, 1023, 1100, 2049)
+    ):
         qweight = quantize_nf4(normal(7 + 5 * i, K, dtype=F32), *four_bit.SETTINGS[i % len(four_bit.SETTINGS)])
         yield Case(
             lambda run, qweight=qweight: {"weight": q4.dequantize(run, qweight, kernel.type)},
