@@ -62,6 +62,8 @@ def test_what_is_provably_no_change() -> None:
         ("or.b32 %r6, %r2, 4;", "xor.b32 %r6, %r2, 4;", False),
         ("bfi.b32 %r6, %r5, %r2, 9, 23;", "bfi.b32 %r6, %r5, %r2, 9, 22;", True),
         ("bfi.b32 %r6, %r4, %r2, 9, 23;", "bfi.b32 %r6, %r4, %r2, 9, 22;", False),
+        ("bfi.b32 %r6, %r2, %r1, 9, 2;", "bfi.b32 %r6, %r2, %r1, 8, 2;", True),
+        ("bfi.b32 %r6, %r2, %r4, 9, 2;", "bfi.b32 %r6, %r2, %r4, 8, 2;", False),
     ):
         assert same(before, after, zeros) == expected, after
 

@@ -20,14 +20,15 @@ class Counts(NamedTuple):
 
     mma: int
     copied: int  # bytes, by cp.async
+    vectors: bool = False  # nothing is loaded but neighbours, side by side
 
     def check(self, counters: Counters) -> None:
-        copies, stores = counters.matching("cp.async"), counters.matching("st.global")
+        copies, loads, stores = (counters.matching(opcode) for opcode in ("cp.async", "ld.global", "st.global"))
         assert counters.bank_conflicts == [], "bank conflicts"
         assert counters.mma_count == self.mma, f"{counters.mma_count} mma of {self.mma}"
         copied = copies.total("global_bytes")
         assert copied == self.copied, f"{copied} bytes copied of {self.copied}"
-        for some in (copies, stores):
+        for some in (copies, stores, *[loads] * self.vectors):
             assert some.total("sectors") == some.total("ideal_sectors"), "sectors"
 
 

@@ -202,13 +202,13 @@ def one(kernel: Kernel, _: Device) -> Iterator[Case]:
     plain = {"layout": "padded" if vector else "odd", "layout_out": "padded", "adapter_transposed": False}
 
     if vector:
-        aligned = {"layout": "plain", "layout_out": "plain", "adapter_transposed": False}
+        aligned = {"layout": "plain", "layout_out": "plain", "adapter_transposed": is_dx}
         for i, (adapter, r, parts) in enumerate(((F32, 24, 3), (kernel.type, 16, 1))):
             shape = Shape(2 * rows, columns * (i + 1), (2 - i) * depth, r, adapter)
             gemm = Gemm(of_whole_numbers(make(kernel, shape, is_dx, bias=not is_dx), is_dx), **how, **aligned)
             mma = shape.M // 16 * (shape.wide // 8) * (shape.deep // 16 + parts * -(-r // 16))
             copied = shape.M // rows * (shape.wide // columns) * (rows + columns) * shape.deep * 2
-            yield gemm.of_case(Counts(mma, copied))
+            yield gemm.of_case(Counts(mma, copied, vectors=True))
     for i, shape in enumerate(shapes(kernel)):
         case = make(kernel, shape, is_dx, bias=not is_dx and i % 4 != 3, dropout_p=i % 2 / 2 if is_dx else 0.0)
         case = of_whole_numbers(case, is_dx)
@@ -236,7 +236,8 @@ def one(kernel: Kernel, _: Device) -> Iterator[Case]:
         case = of_whole_numbers(make(kernel, Shape(rows, columns, 8, 1, adapter), is_dx, bias=False), is_dx)
         yield Gemm(without_adapter(case), **how, **plain).of_case()
         parts = of_parts(make(kernel, Shape(3 * rows + 5, columns + 3, 40, 20, adapter), is_dx), is_dx)
-        yield Gemm(parts, **how, **plain).of_case()
+        for transposed in (False, True):  # one of them has neighbouring ranks side by side
+            yield Gemm(parts, **how, **plain | {"adapter_transposed": transposed}).of_case()
         if vector and weight_rows:
             yield Gemm(of_last_bits(case, is_dx), **how, **plain, base=True).of_case()
     if is_dx:
