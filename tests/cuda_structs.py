@@ -85,7 +85,9 @@ LAYOUTS = ["plain", "padded", "odd"]
 
 def empty(rows: int, cols: int, dtype: torch.dtype, layout: str, apart: int = 0) -> Tensor:
     stride = {"plain": cols, "padded": (cols + 15) // 8 * 8 + apart, "odd": cols + 1 + cols % 2 + apart}[layout]
-    return torch.empty(rows * stride + 1, dtype=dtype).as_strided((rows, cols), (stride, 1), int(layout == "odd"))
+    first = int(layout == "odd")  # nothing lies behind the last element
+    size = first + (rows - 1) * stride + cols if rows > 0 else first
+    return torch.empty(size, dtype=dtype).as_strided((rows, cols), (stride, 1), first)
 
 
 def laid_out(t: Tensor, layout: str, transposed: bool = False, apart: int = 0) -> Tensor:

@@ -124,13 +124,15 @@ def tile_of(kernel: Kernel) -> str:
 
 
 def at_thresholds(kernel: Kernel, of: Callable[[float], compare.Case]) -> Iterator[compare.Case]:
-    """of(p) for every element of one thread's fragments, with p the very number that this element has."""
+    """of(p) for every element of a thread's fragments, with p the very number that this element has, an odd one where one of
+    eight threads has one."""
     rows, columns, _, warps_m, _ = kernel.sizes
     case = of(0.5)
     bits = reference.dropout_bits(case.seed, *case.x.shape)
     for row in range(0, rows // warps_m, 8):
         for col in (c for c in range(columns) if c % 32 < 8 * warps_m and c % 8 < 2):
-            yield replace(case, dropout_p=int(bits[row, col]) / 65536)
+            numbers = bits[row : row + 8, col].tolist()
+            yield replace(case, dropout_p=next((n for n in numbers if n % 2), numbers[0]) / 65536)
 
 
 # --- one layer --------------------------------------------------------------------------------------------------------

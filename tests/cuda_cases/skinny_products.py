@@ -40,7 +40,9 @@ def _shapes(kernel: Kernel, columns: int) -> Iterator[Skinny]:
         yield Skinny(64 + 2, 4 * columns + 40, 100 if most == 64 else most - 4, 8, None, single)
         yield Skinny(4 * 64 + 37, 24, most - 8 if most > 16 else 8, 2, None, single)
     for i in range(48):  # up to four tiles one way, with an end in each eighth of each, and three the other; and of its ranks
-        wide = columns * ((i + i // 4) % 3) + 5 * i % 16 * (columns // 16) if i < 16 else columns + 8  # too wide for a split
+        wide = columns * ((i + i // 4) % 3) + 5 * i % 16 * (columns // 16)
+        if i >= 16:
+            wide = columns + 8 + 5 * i % 16 * (columns // 16)  # too wide for a split
         rows = 64 * ((i + i // 8) % 4 if i < 16 else i // 8 - 2) + 8 * (i % 8) + (3 * i + 2) % 8
         rank = least + (4 * (i % ((most - least) // 4) + 1) if vector else (5 * i + 1) % (most - least) + 1)
         beyond = 64 - least if most == 64 and i % 2 else 0
