@@ -95,8 +95,21 @@ def zero_bits(lines: Iterable[str]) -> Zeros:
     return zeros
 
 
-def same(before: str, after: str, zeros: Zeros) -> bool:
-    """Whether a mutant that has another number, or another operator, writes what the instruction writes."""
+def shifted_out(lines: Iterable[str]) -> Zeros:
+    """Of registers that are written once and read in one place, by a shift to the right: the bits that it drops."""
+    lines = [line for line in lines if not line.lstrip().startswith((".", "//"))]
+    found = [parsed(line) for line in lines]
+    occurs = Counter(register for line in lines for register in re.findall(r"%(?:r|rd|rs)\d+", line))
+    return {
+        items[1]: _mask(int(items[2]))
+        for opcode, items in filter(None, found)
+        if opcode.startswith("shr.") and items[2].isdigit() and occurs[items[1]] == 2
+    }
+
+
+def same(before: str, after: str, zeros: Zeros, dropped: Zeros | None = None) -> bool:
+    """Whether a mutant that has another number, or another operator, writes what the instruction writes, but for bits that are
+    `dropped`."""
     old, new = parsed(before), parsed(after)
     if old is None or new is None or len(old[1]) != len(new[1]) or len(old[1]) < 3:
         return False
@@ -104,7 +117,8 @@ def same(before: str, after: str, zeros: Zeros) -> bool:
     (opcode, items), (other, changed) = old, new
     a, b = (zeros_of(item, zeros, bits) for item in items[1:3])
     if opcode == other and opcode.startswith("and.b") and items[1] == changed[1]:
-        return (b ^ zeros_of(changed[2], zeros, bits)) & ~a & _mask(bits) == 0 and changed[2].lstrip("-").isdigit()
+        unread = a | (dropped or {}).get(items[0], 0)
+        return (b ^ zeros_of(changed[2], zeros, bits)) & ~unread & _mask(bits) == 0 and changed[2].lstrip("-").isdigit()
     if {opcode.split(".")[0], other.split(".")[0]} <= {"or", "xor", "add"} and items == changed:
         return a | b == _mask(bits)
     if opcode == other and opcode.startswith("bfi") and items[:4] == changed[:4] and items[3].isdigit():

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ptx_bits import same, zero_bits
+from ptx_bits import same, shifted_out, zero_bits
 
 OPERATORS = {
     "add": "sub", "sub": "add", "mul": "add", "and": "or", "or": "and", "xor": "or", "min": "max", "max": "min", "shl": "shr",
@@ -170,14 +170,15 @@ class Entry(NamedTuple):
         found: dict[str, list[Mutant]] = defaultdict(list)
         written: dict[str, str] = {}
         constants: dict[str, str] = {}
-        zeros = zero_bits(line for _, line in self._body())
+        body = [line for _, line in self._body()]
+        zeros, dropped = zero_bits(body), shifted_out(body)
         copies = re.search(r"cp\.async\.c[ag]", self.text)
         for number, line in self._body():
             to_itself = re.fullmatch(r"\s*mov\.\w+\s+(%\w+), \1;", line)
             if to_itself or ("cp.async" in line and not copies):  # groups of no copies
                 continue
             for kind, after in changes(line, written, constants):
-                if not same(line, after, zeros):
+                if not same(line, after, zeros, dropped):
                     found[kind].append(Mutant(kind, number, line.strip(), after))
             _follow(constants, line)
             if register := re.match(r"\s*[a-z][\w.]*\s+(%[a-z]+\d+),", line):
