@@ -279,10 +279,12 @@ __device__ __forceinline__ void gemm(const P& p, bool accumulate, int row0, int 
     weight.start(stage + TileT::kInBytes);
     cp_async_commit();
   };
-  if (steps > 0) {
+  const auto start_first_copies = [&] {
+    if (steps == 0) return;
 #pragma unroll
     for (int i = 0; i + 1 < TileT::kStages; ++i) start_copies(shared + i * TileT::kStageBytes);
-  }
+  };
+  if (!P::kSparing) start_first_copies();
 
   Accumulators<TileT> acc = {};
   add_low_rank<T, TileT>(acc, p, row0, column0);
@@ -290,6 +292,7 @@ __device__ __forceinline__ void gemm(const P& p, bool accumulate, int row0, int 
   if constexpr (kDropout) {
     if (p.dropout.threshold > 0) drop<TileT>(acc, p.dropout, row0, column0);
   }
+  if (P::kSparing) start_first_copies();
 
   if (steps > 0) {
     const InFragments<TileT> in_fragments;

@@ -16,6 +16,7 @@ namespace lora_ops {
 template <bool kDropout>
 struct SegmentedGemm : Plain<GemmOf<kDropout>> {
   static constexpr bool kBackward = kDropout;  // right is lora_A transposed, and left holds the scaling; else lora_B
+  static constexpr bool kSparing = kDropout;   // beside the loop over segments
   Segments segments;
 };
 
@@ -34,12 +35,13 @@ template <class T, class TileT, bool kDropout>
 __device__ __forceinline__ void add_low_rank(Accumulators<TileT>& acc, const SegmentedGemm<kDropout>& p, int row0,
                                              int column0) {
   const Segments& segments = p.segments;
-  const int warp_row = row0 + Place<TileT>().warp_row, warp_end = min(warp_row + TileT::kMmasM * kMmaM, p.M);
-  if (warp_row >= warp_end) return;
+  const int warp_row = row0 + Place<TileT>().warp_row;
+  if (warp_row >= p.M) return;
+  const auto warp_end = [&] { return min(recomputed(row0) + Place<TileT>().warp_row + TileT::kMmasM * kMmaM, p.M); };
   int segment = last_segment(segments, [&](int i) { return segments.first_row[i] <= warp_row; });
   int end = segments.first_row[segment];
 #pragma unroll 1
-  for (; segment < segments.count && end < warp_end; ++segment) {
+  for (; segment < segments.count && end < warp_end(); ++segment) {
     const int first = end;
     end = segments.first_row[segment + 1];
     const SegmentAdapter adapter = segments.adapters[segment];

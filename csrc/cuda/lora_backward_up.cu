@@ -89,8 +89,9 @@ __device__ __forceinline__ void load_B(SkinnyPair<P>& pair, const Adapter* B, in
   }
 }
 
+// Up to 32 ranks two blocks are asked for: for more of them, ptxas would spill.
 template <typename T, typename Adapter, int kRanks, bool kVector>
-__global__ void __launch_bounds__(kThreads) lora_backward_up_kernel(const Args args) {
+__global__ void __launch_bounds__(kThreads, kRanks < 64 ? 2 : 0) lora_backward_up_kernel(const Args args) {
   using P = Parts<T, Adapter>;
   constexpr int kAcross = kTiles<kRanks>, kRing = kStages<kRanks>;
   static_assert(kRing - 1 <= kAcross, "S of the next step is loaded when nothing reads S of the step before this one");

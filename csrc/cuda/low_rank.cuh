@@ -41,6 +41,7 @@ using SmallTile = Tile<32, 64, 64, 1, 4>;
 // out (M, columns) = out_scale ∘ (in (M, depth) weightᵀ + factor · drop'((left ∘ gate) (M, rank) right (columns, rank)ᵀ)) +
 // bias
 struct Gemm {
+  static constexpr bool kSparing = false;  // with registers: less is under way at a time
   int M, columns, depth, rank;
   int tiles_m, tiles_n;
   const uint16_t* in;      // (M, depth), rows in_stride apart

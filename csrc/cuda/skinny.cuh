@@ -269,7 +269,7 @@ __device__ __forceinline__ void each_column_fragment(const T* tile, Each each) {
 // each(raw, half) sees every fragment of the wide tile.
 template <typename P, typename T, int kRanks, typename Each>
 __device__ __forceinline__ void column_product(float (&sum)[2][kRanks / 8][4], const T* tile, const float* skinny, Each each) {
-#pragma unroll
+#pragma unroll(P::kSplit ? 1 : 4)
   for (int k = 0; k < kTileRows; k += 16) {
     uint32_t raw[2][4];
     load_columns(raw[0], tile, 0, k);
