@@ -1,22 +1,21 @@
 """DoRA: a layer whose rows keep their direction from W0 + ΔW and have lengths of their own."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .functional import lora_linear, qlora_linear
-from .nn.quantized import linear_4bit
+from . import functional
+from .qlora_ops import weight_of
 from .quant import NF4Weight
 
 _ROWS = 512  # of the weight, widened at a time
 
 
 def row_norms(weight: Tensor | NF4Weight) -> Tensor:
-    """‖W0‖² of every row, (N,), in fp32 (fp64 for fp64). W0 is frozen: whoever calls `dora_linear` often may keep it, most of
-    all of a weight in 4 bits, which is decoded for it as a whole."""
-    dense = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight
-    return torch.cat([rows.square().sum(1) for rows in _wide_rows(dense)])
+    """‖W0‖² of every row, (N,), in fp32 (fp64 for fp64). W0 is frozen: whoever calls `dora_linear` often may keep it."""
+    return torch.cat([rows.square().sum(1) for rows in _wide_rows(weight)])
 
 
 @torch.no_grad()
@@ -41,10 +40,7 @@ def weight_norm(
     """
     base = row_norms(weight) if base is None else base
     A, B = lora_A.to(base.dtype), lora_B.to(base.dtype)
-    if isinstance(weight, NF4Weight):
-        with_A = linear_4bit(A, weight, None).T
-    else:
-        with_A = torch.cat([rows @ A.T for rows in _wide_rows(weight)])
+    with_A = torch.cat([rows @ A.T for rows in _wide_rows(weight)])
     squares = base + scaling * ((2 * with_A + scaling * (B @ (A @ A.T))) * B).sum(1)
     return squares.clamp_min(0).sqrt()
 
@@ -65,15 +61,18 @@ def dora_linear(
     """y = c ∘ (x W0ᵀ + scaling · (x Aᵀ) Bᵀ) + bias with c = magnitude / ‖W0 + scaling · B A‖, a length for every row.
 
     DoRA: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024 (https://arxiv.org/abs/2402.09353). As in its
-    section 4.3 the norm is a constant of the backward. Neither ΔW nor W0 + ΔW is formed: `weight_norm`.
+    section 4.3 the norm is a constant of the backward. Neither ΔW nor W0 + ΔW is formed: `weight_norm`. Kept for the
+    backward: x, S and y before c, in its dtype; that rounding is what magnitude's gradient has of it.
 
     With dropout, x̃ = drop(x) takes x's place in everything that training changes, as in PEFT:
 
         y = x W0ᵀ + (c - 1) ∘ x̃ W0ᵀ + c ∘ scaling · (x̃ Aᵀ) Bᵀ + bias
 
+    as (x - x̃) W0ᵀ and the rest, two products with W0.
+
     Args:
         x, weight, lora_A, lora_B, scaling, bias, dropout_p, training: as in `lora_linear`, or with a weight in 4 bits as in
-            `qlora_linear`.
+            `qlora_linear`. The mask is drawn by `torch.Tensor.bernoulli_`.
         magnitude: (N,), trainable. ‖W0 + scaling · B A‖ at the start of training, so that the layer starts as W0.
         base: `row_norms(weight)`, where it is known.
 
@@ -83,22 +82,69 @@ def dora_linear(
     Raises:
         ValueError, TypeError: as `lora_linear`; a magnitude of another shape.
     """
-    if magnitude.shape != (lora_B.shape[0],):
-        raise ValueError(f"magnitude must be (N,) = ({lora_B.shape[0]},) as lora_B {tuple(lora_B.shape)}, got {tuple(magnitude.shape)}")
+    N = lora_B.shape[0]
+    if magnitude.shape != (N,):
+        raise ValueError(f"magnitude must be (N,) = ({N},) as in lora_B {tuple(lora_B.shape)}, got {tuple(magnitude.shape)}")
     c = magnitude / weight_norm(weight, lora_A, lora_B, scaling, base).to(magnitude.dtype)
-    linear = qlora_linear if isinstance(weight, NF4Weight) else lora_linear
-    hidden, kept = None, x
+    dtype = functional.autocast_dtype(x)
+    if dtype is not None and isinstance(weight, Tensor) and weight.dtype not in (dtype, torch.float32):
+        weight = weight.to(dtype)
+    x, lora_A, lora_B, bias = functional.autocast(dtype, x, lora_A, lora_B, bias)
+    rest = None
     if training and dropout_p != 0.0:
-        kept = torch.nn.functional.dropout(x, dropout_p)
-        hidden = x - kept
-    y = linear(kept, weight, lora_A, lora_B, scaling=scaling)  # type: ignore[arg-type]
-    out = y * c
-    if hidden is not None:
-        none_A, none_B = torch.zeros_like(lora_A[:1]), torch.zeros_like(lora_B[:, :1])
-        out = out + linear(hidden, weight, none_A, none_B, scaling=1.0)  # type: ignore[arg-type]
-    return (out if bias is None else out + bias).to(y.dtype)
+        kept = x * torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout_p)
+        no_A, no_B = torch.zeros_like(lora_A[:1]), torch.zeros_like(lora_B[:, :1])
+        linear: Any = functional.qlora_linear if isinstance(weight, NF4Weight) else functional.lora_linear
+        rest = linear(x - kept / (1 - dropout_p), weight, no_A, no_B, scaling=1.0)
+        x, c = kept, c / (1 - dropout_p)  # x̃, but for a factor that x's dtype would round
+    arguments = (weight,) if isinstance(weight, Tensor) else weight_of(weight)
+    return _Scaled.apply(x, lora_A, lora_B, c, bias, rest, float(scaling), *arguments)
 
 
-def _wide_rows(weight: Tensor) -> Iterator[Tensor]:
-    for rows in weight.detach().split(_ROWS):
-        yield rows.to(torch.promote_types(weight.dtype, torch.float32))
+class _Scaled(torch.autograd.Function):
+    """c ∘ (x W0ᵀ + scaling · (x Aᵀ) Bᵀ) + bias + rest. In the backward c goes into B for the adapter's gradients, which are
+    fp32's often: dy ∘ c has x's dtype, as the gradient of a frozen layer's output does."""
+
+    @staticmethod
+    def forward(ctx, x, lora_A, lora_B, c, bias, rest, scaling, *weight):  # type: ignore[no-untyped-def]
+        forward = torch.ops.lora_ops.lora_forward if len(weight) == 1 else torch.ops.lora_ops.qlora_forward
+        between = (None, None) if len(weight) == 1 else (None,)  # bias, panels
+        y, S = forward(x, *weight, lora_A, lora_B, *between, None, scaling, 0.0)
+        ctx.save_for_backward(x, lora_A, lora_B, c, y, S, *(t if isinstance(t, Tensor) else None for t in weight))
+        ctx.plain = [None if isinstance(t, Tensor) else t for t in weight]
+        ctx.scaling, ctx.bias_dtype = scaling, None if bias is None else bias.dtype
+        scaled = y * c
+        for summand in (bias, rest):
+            scaled = scaled if summand is None else scaled + summand
+        return scaled.to(y.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        x, lora_A, lora_B, c, y, S, *tensors = ctx.saved_tensors
+        weight = [plain if t is None else t for t, plain in zip(tensors, ctx.plain, strict=True)]
+        need_x, need_A, need_B, need_c, need_bias, need_rest, *_ = ctx.needs_input_grad
+        backward = torch.ops.lora_ops.lora_backward if len(weight) == 1 else torch.ops.lora_ops.qlora_backward
+        dx = dA = dB = dc = dbias = None
+        if need_x:
+            options = (None, None, ctx.scaling, 0.0, True, False, False, False)
+            dx = backward((dy * c).to(dy.dtype), None, *weight, lora_A, lora_B, *options)[0]
+        if need_A or need_B:
+            with_c = (lora_B * c[:, None]).to(lora_B.dtype)
+            options = (S, None, ctx.scaling, 0.0, False, need_A, need_B, False)
+            _, dA, dB, _ = backward(dy, x, *weight, lora_A, with_c, *options)
+            dA, dB = dA if need_A else None, (dB * c[:, None]).to(lora_B.dtype) if need_B else None
+        over = tuple(range(dy.dim() - 1))
+        if need_c:
+            dc = (dy.to(c.dtype) * y).sum(over)
+        if need_bias:
+            dbias = dy.sum(over, dtype=c.dtype).to(ctx.bias_dtype)
+        return (dx, dA, dB, dc, dbias, dy if need_rest else None, None, *[None] * len(weight))
+
+
+def _wide_rows(weight: Tensor | NF4Weight) -> Iterator[Tensor]:
+    """W0's rows in fp32 (fp64 for fp64), some at a time."""
+    if isinstance(weight, NF4Weight):
+        yield from (piece for _, piece in weight_of(weight).pieces(weight.shape[1], torch.float32))
+    else:
+        for rows in weight.detach().split(_ROWS):
+            yield rows.to(torch.promote_types(weight.dtype, torch.float32))

@@ -1,7 +1,7 @@
 """torch.ops.lora_ops.*: schema, argument checks, kernels per device, shapes for the compiler, autograd. Nothing else has them.
 
     lora_forward    y, S from x, the frozen weight and one adapter
-    lora_backward   dx, dA, dB, dbias, of which only those asked for are computed (the others come back empty)
+    lora_backward   dx, dA, dB, dbias in fp32, of which only those asked for are computed (the others come back empty)
 
 qlora_ops.py has the same two for a 4-bit weight. The extension takes addresses and sizes (csrc/bindings.cpp); torch
 allocates every output. Devices and dtypes without a kernel run lora_ops/reference.py.
@@ -195,7 +195,7 @@ def backward_kernel(
     rows = rows_of(x) if need_dA and x is not None else None
     dA = torch.empty((r, K) if need_dA else 0, dtype=lora_A.dtype)
     dB = torch.empty((N, r) if need_dB else 0, dtype=lora_B.dtype)
-    dbias = torch.empty(N if need_dbias else 0, dtype=g.dtype)
+    dbias = torch.empty(N if need_dbias else 0, dtype=torch.float32)
     _C.lora_backward(
         M, K, N, r, matrix(g), matrix(rows), weight, matrix(A), matrix(B),
         S.data_ptr() if need_dB and S is not None else 0, scaling, *_dropout(seed, dropout_p), matrix(dx),
@@ -268,7 +268,8 @@ def backward_reference(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_
     grads = reference.lora_backward(
         dy.reshape(M, weight.shape[0]), rows, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need=need
     )
-    dx, *rest = (dy.new_empty(0) if g is None else g for g in grads)
+    empty = fake_gradients(dy, lora_A, lora_B, False, False, False, False)
+    dx, *rest = (e if g is None else g for g, e in zip(grads, empty, strict=True))
     return (dx.reshape(*dy.shape[:-1], weight.shape[1]) if need[0] else dx, *rest)
 
 
@@ -298,7 +299,7 @@ def fake_gradients(
         dy.new_empty((*dy.shape[:-1], lora_A.shape[1]) if need_dx else 0),
         lora_A.new_empty(lora_A.shape if need_dA else 0),
         lora_B.new_empty(lora_B.shape if need_dB else 0),
-        dy.new_empty(lora_B.shape[0] if need_dbias else 0),
+        dy.new_empty(lora_B.shape[0] if need_dbias else 0, dtype=torch.promote_types(dy.dtype, torch.float32)),
     )
 
 

@@ -107,7 +107,8 @@ def lora_backward(
     *,
     need: tuple[bool, bool, bool, bool] = (True, True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dA, dB, dbias, each only if `need` asks for it: dx and dbias in dy's dtype, dA and dB in their own.
+    """dx, dA, dB, dbias, each only if `need` asks for it: dx in dy's dtype, dA and dB in their own,
+    dbias in fp32 (fp64 for fp64): a bias may be fp32 beside a half-precision x.
 
     x is needed for dA alone, S for dB alone.
     """
@@ -126,7 +127,7 @@ def lora_backward(
         assert S is not None
         dB = (scaling * (g.T @ S)).to(lora_B.dtype)
     if need_dbias:
-        dbias = g.sum(0).to(dy.dtype)
+        dbias = g.sum(0).to(torch.promote_types(dy.dtype, torch.float32))
     return dx, dA, dB, dbias
 
 

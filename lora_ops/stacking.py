@@ -18,6 +18,13 @@ def stack(lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], scalings: Sequen
     Returns:
         A (Σ r_i, K), B (N, Σ r_i) and the scaling. One adapter with a number is returned as it is.
     """
+    with torch.autocast(lora_As[0].device.type, enabled=False):  # under which parameters of two dtypes cannot be put together
+        return _stacked(lora_As, lora_Bs, scalings)
+
+
+def _stacked(
+    lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], scalings: Sequence[float | Tensor]
+) -> tuple[Tensor, Tensor, float]:
     first = scalings[0]
     if not any(isinstance(s, Tensor) for s in scalings) and all(s == first for s in scalings):
         scaling = float(first)

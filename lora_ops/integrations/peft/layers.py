@@ -112,7 +112,13 @@ def _takes(layer: peft_layer.LoraLayer, x: Tensor) -> bool:
 
 
 def fused_forward(layer: peft_layer.LoraLayer, x: Tensor) -> Tensor:
-    """What the layer's forward gives, for a layer of which `why_not` knows no reason against it."""
+    """What the layer's forward gives, for a layer of which `why_not` knows no reason against it.
+
+    A 4-bit layer works in x's dtype under autocast, too: that is what bitsandbytes' layers return.
+    """
+    if is_linear4bit(layer.base_layer) and torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return fused_forward(layer, x)
     base, names = layer.base_layer, active(layer)
     weight = quantised_weight(layer) if is_linear4bit(base) else base.weight.T if is_conv1d(base) else base.weight
     linear: Any = qlora_linear if isinstance(weight, NF4Weight) else lora_linear
