@@ -1,7 +1,6 @@
 """DoRA: a layer whose rows keep their direction from W0 + ΔW and have lengths of their own."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +61,7 @@ def dora_linear(
 
     DoRA: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024 (https://arxiv.org/abs/2402.09353). As in its
     section 4.3 the norm is a constant of the backward. Neither ΔW nor W0 + ΔW is formed: `weight_norm`. Kept for the
-    backward: x, S and y before c, in its dtype; that rounding is what magnitude's gradient has of it.
+    backward: x, S and, in fp32, y before c.
 
     With dropout, x̃ = drop(x) takes x's place in everything that training changes, as in PEFT:
 
@@ -90,55 +89,65 @@ def dora_linear(
     if dtype is not None and isinstance(weight, Tensor) and weight.dtype not in (dtype, torch.float32):
         weight = weight.to(dtype)
     x, lora_A, lora_B, bias = functional.autocast(dtype, x, lora_A, lora_B, bias)
-    rest = None
+    mask = None
     if training and dropout_p != 0.0:
-        kept = x * torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout_p)
-        no_A, no_B = torch.zeros_like(lora_A[:1]), torch.zeros_like(lora_B[:, :1])
-        linear: Any = functional.qlora_linear if isinstance(weight, NF4Weight) else functional.lora_linear
-        rest = linear(x - kept / (1 - dropout_p), weight, no_A, no_B, scaling=1.0)
-        x, c = kept, c / (1 - dropout_p)  # x̃, but for a factor that x's dtype would round
+        mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout_p)
     arguments = (weight,) if isinstance(weight, Tensor) else weight_of(weight)
-    return _Scaled.apply(x, lora_A, lora_B, c, bias, rest, float(scaling), *arguments)
+    return _Scaled.apply(x, lora_A, lora_B, c, bias, mask, float(dropout_p), float(scaling), *arguments)
 
 
 class _Scaled(torch.autograd.Function):
-    """c ∘ (x W0ᵀ + scaling · (x Aᵀ) Bᵀ) + bias + rest. In the backward c goes into B for the adapter's gradients, which are
-    fp32's often: dy ∘ c has x's dtype, as the gradient of a frozen layer's output does."""
+    """c ∘ (x W0ᵀ + scaling · (x Aᵀ) Bᵀ) + bias, with a mask the form above. In the backward c goes into B for the adapter's
+    gradients, which are fp32's often: dy ∘ c has x's dtype, as the gradient of a frozen layer's output does.
+
+    x̃ = mask ∘ x / (1 - p) is multiplied as mask ∘ x, which no dtype rounds, and c takes the factor.
+    """
 
     @staticmethod
-    def forward(ctx, x, lora_A, lora_B, c, bias, rest, scaling, *weight):  # type: ignore[no-untyped-def]
-        forward = torch.ops.lora_ops.lora_forward if len(weight) == 1 else torch.ops.lora_ops.qlora_forward
-        between = (None, None) if len(weight) == 1 else (None,)  # bias, panels
-        y, S = forward(x, *weight, lora_A, lora_B, *between, None, scaling, 0.0)
-        ctx.save_for_backward(x, lora_A, lora_B, c, y, S, *(t if isinstance(t, Tensor) else None for t in weight))
+    def forward(ctx, x, lora_A, lora_B, c, bias, mask, p, scaling, *weight):  # type: ignore[no-untyped-def]
+        ops = torch.ops.lora_ops
+        forward = ops.lora_forward_wide if len(weight) == 1 else ops.qlora_forward_wide
+        kept = x if mask is None else x * mask
+        y, S = forward(kept, *weight, lora_A, lora_B, scaling)
+        ctx.save_for_backward(kept, lora_A, lora_B, c, y, S, mask, *(t if isinstance(t, Tensor) else None for t in weight))
         ctx.plain = [None if isinstance(t, Tensor) else t for t in weight]
-        ctx.scaling, ctx.bias_dtype = scaling, None if bias is None else bias.dtype
-        scaled = y * c
-        for summand in (bias, rest):
-            scaled = scaled if summand is None else scaled + summand
-        return scaled.to(y.dtype)
+        ctx.p, ctx.scaling, ctx.bias_dtype = p, scaling, None if bias is None else bias.dtype
+        if mask is None:
+            scaled = y * c
+        else:
+            hidden, _ = forward(x - kept / (1 - p), *weight, *_nothing(lora_A, lora_B), 1.0)
+            scaled = y * (c / (1 - p)) + hidden
+        return (scaled if bias is None else scaled + bias).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        x, lora_A, lora_B, c, y, S, *tensors = ctx.saved_tensors
+        kept, lora_A, lora_B, c, y, S, mask, *tensors = ctx.saved_tensors
         weight = [plain if t is None else t for t, plain in zip(tensors, ctx.plain, strict=True)]
-        need_x, need_A, need_B, need_c, need_bias, need_rest, *_ = ctx.needs_input_grad
+        need_x, need_A, need_B, need_c, need_bias, *_ = ctx.needs_input_grad
         backward = torch.ops.lora_ops.lora_backward if len(weight) == 1 else torch.ops.lora_ops.qlora_backward
+        factor = 1.0 if mask is None else 1 / (1 - ctx.p)
         dx = dA = dB = dc = dbias = None
         if need_x:
-            options = (None, None, ctx.scaling, 0.0, True, False, False, False)
-            dx = backward((dy * c).to(dy.dtype), None, *weight, lora_A, lora_B, *options)[0]
+            only_dx = (None, None, ctx.scaling, 0.0, True, False, False, False)
+            dx = backward((dy * (factor * c)).to(dy.dtype), None, *weight, lora_A, lora_B, *only_dx)[0]
+            if mask is not None:
+                of_hidden = backward(dy, None, *weight, *_nothing(lora_A, lora_B), *only_dx)[0]
+                dx = (of_hidden + mask * (dx.to(c.dtype) - factor * of_hidden.to(c.dtype))).to(dx.dtype)
         if need_A or need_B:
-            with_c = (lora_B * c[:, None]).to(lora_B.dtype)
-            options = (S, None, ctx.scaling, 0.0, False, need_A, need_B, False)
-            _, dA, dB, _ = backward(dy, x, *weight, lora_A, with_c, *options)
-            dA, dB = dA if need_A else None, (dB * c[:, None]).to(lora_B.dtype) if need_B else None
+            with_c = (lora_B * (factor * c)[:, None]).to(lora_B.dtype)
+            _, dA, dB, _ = backward(dy, kept, *weight, lora_A, with_c, S, None, ctx.scaling, 0.0, False, need_A, need_B, False)
+            dA, dB = dA if need_A else None, (dB * (factor * c)[:, None]).to(lora_B.dtype) if need_B else None
         over = tuple(range(dy.dim() - 1))
         if need_c:
-            dc = (dy.to(c.dtype) * y).sum(over)
+            dc = (dy * y).sum(over) * factor
         if need_bias:
             dbias = dy.sum(over, dtype=c.dtype).to(ctx.bias_dtype)
-        return (dx, dA, dB, dc, dbias, dy if need_rest else None, None, *[None] * len(weight))
+        return (dx, dA, dB, dc, dbias, *[None] * (3 + len(weight)))
+
+
+def _nothing(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """An adapter that adds nothing."""
+    return torch.zeros_like(lora_A[:1]), torch.zeros_like(lora_B[:, :1])
 
 
 def _wide_rows(weight: Tensor | NF4Weight) -> Iterator[Tensor]:

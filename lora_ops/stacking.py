@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def stack(lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], scalings: Sequence[float | Tensor]) -> tuple[Tensor, Tensor, float]:
+def stack(
+    lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], scalings: Sequence[float | Tensor]
+) -> tuple[Tensor, Tensor, float]:
     """The adapter whose ΔW is the sum of the given ones', its rank the sum of theirs. Differentiable.
 
     Args:

@@ -1,6 +1,7 @@
 """Layers of PEFT's in a model of one, stock and patched, and what fp64 says of both."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,7 +157,9 @@ def widened(model: PeftModel, setting: Setting) -> PeftModel:
         return with_dropout(model.double(), setting)
     wide = make(replace(setting, kind="linear", dtypes=Dtypes(F32, F32))).double()
     of = wide.base_model.model.layer
-    of.load_state_dict({name: t for name, t in layer.state_dict().items() if "lora_" in name or name.endswith(".bias")}, strict=False)
+    of.load_state_dict(
+        {name: t for name, t in layer.state_dict().items() if "lora_" in name or name.endswith(".bias")}, strict=False
+    )
     of.base_layer.weight.data = NF4Weight.from_params4bit(layer.base_layer.weight).dequantize(torch.float64)
     return with_dropout(wide, setting)
 
@@ -181,8 +184,11 @@ def run(model: PeftModel, setting: Setting, draw: int, dtype: torch.dtype | None
     return results
 
 
-def errors(setting: Setting, draws: int = 3) -> dict[str, compare.Error]:
-    """Of a patched layer, its output and its gradients, the largest of a few draws, beside the stock layer's."""
+def errors(
+    setting: Setting, draws: int = 3, change: Callable[[str, Tensor], Tensor] = lambda name, t: t
+) -> dict[str, compare.Error]:
+    """Of a patched layer, its output and its gradients, the largest of a few draws, beside the stock layer's. `change` is
+    made to the patched one's."""
     model = make(setting)
     fused, wide = patched(model), widened(model, setting)
     assert integration.report(fused).not_fused == {}
@@ -191,5 +197,5 @@ def errors(setting: Setting, draws: int = 3) -> dict[str, compare.Error]:
     for draw in range(draws):
         actual, eager, exact = run(fused, setting, draw), run(model, setting, draw), run(wide, setting, draw, torch.float64)
         assert actual.keys() == eager.keys() == exact.keys()
-        drawn.append({name: compare.error(actual[name], eager[name], exact[name]) for name in actual})
+        drawn.append({name: compare.error(change(name, actual[name]), eager[name], exact[name]) for name in actual})
     return {name: compare.Error(*map(max, zip(*(e[name] for e in drawn), strict=True))) for name in drawn[0]}

@@ -34,7 +34,7 @@ class FusedLinear(Fused, peft_layer.Linear):
 
 
 def why_not(layer: peft_layer.LoraLayer) -> str | None:
-    """Why a layer's forward is PEFT's own, or None if it is fused: of its base layer, its active adapters and how it is used."""
+    """Why a layer's forward is PEFT's own, or None if it is fused."""
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged:
