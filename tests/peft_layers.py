@@ -173,10 +173,8 @@ def run(model: PeftModel, setting: Setting, draw: int, dtype: torch.dtype | None
     torch.manual_seed(draw)
     model.zero_grad()
     with torch.autocast("cpu", setting.autocast, enabled=setting.autocast is not None and dtype is None):
-        if setting.checkpointing:
-            y = checkpoint(model, x, use_reentrant=setting.checkpointing == "reentrant")
-        else:
-            y = model(x)
+        how = {"use_reentrant": setting.checkpointing == "reentrant"}
+        y = checkpoint(model, x, **how) if setting.checkpointing else model(x)
     results = {"y": y.detach()}
     if y.requires_grad:
         y.backward(dy.to(y.dtype))

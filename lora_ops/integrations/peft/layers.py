@@ -14,6 +14,7 @@ from ...nn.quantized import is_linear4bit
 from ...quant import NF4Weight
 from ...stacking import stack
 
+Layer = Any  # a LoraLayer of PEFT's that is a module, which its types do not say
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -21,9 +22,9 @@ class Fused:
     """Before a layer of PEFT's in the order of its bases."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or why_not(self) is not None or not _takes(self, x):  # type: ignore[arg-type]
+        if args or kwargs or why_not(self) is not None or not _takes(self, x):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        return fused_forward(self, x)  # type: ignore[arg-type]
+        return fused_forward(self, x)
 
 
 class FusedLinear(Fused, peft_layer.Linear):
@@ -33,7 +34,7 @@ class FusedLinear(Fused, peft_layer.Linear):
         return "Linear"
 
 
-def why_not(layer: peft_layer.LoraLayer) -> str | None:
+def why_not(layer: Layer) -> str | None:
     """Why a layer's forward is PEFT's own, or None if it is fused."""
     if layer.disable_adapters:
         return "its adapters are disabled"
@@ -55,7 +56,7 @@ def why_not(layer: peft_layer.LoraLayer) -> str | None:
     return None
 
 
-def active(layer: peft_layer.LoraLayer) -> list[str]:
+def active(layer: Layer) -> list[str]:
     """The active adapters that the layer has."""
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
@@ -70,7 +71,7 @@ def _is_plain_parameter(t: Any) -> bool:
     return type(t) in (nn.Parameter, Tensor) and not t.is_meta
 
 
-def _of_base(base: nn.Module) -> str | None:
+def _of_base(base: Any) -> str | None:
     if not _is_plain(base):
         return "its base layer has hooks or another forward"
     if is_linear4bit(base):
@@ -88,7 +89,7 @@ def _of_base(base: nn.Module) -> str | None:
     return "its base weight is trained" if base.weight.requires_grad else None
 
 
-def _of_adapter(layer: peft_layer.LoraLayer, name: str) -> str | None:
+def _of_adapter(layer: Layer, name: str) -> str | None:
     A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     for factor in (A, B):
         if type(factor) is not nn.Linear or not _is_plain(factor) or not _is_plain_parameter(factor.weight):
@@ -103,7 +104,7 @@ def _of_adapter(layer: peft_layer.LoraLayer, name: str) -> str | None:
     return "DoRA with a bias of B" if variant is not None and B.bias is not None else None
 
 
-def _takes(layer: peft_layer.LoraLayer, x: Tensor) -> bool:
+def _takes(layer: Layer, x: Tensor) -> bool:
     """Whether the base layer would take this x, and no tracer of TorchScript looks on."""
     if x.dtype not in _DTYPES or torch.jit.is_tracing():
         return False
@@ -111,7 +112,7 @@ def _takes(layer: peft_layer.LoraLayer, x: Tensor) -> bool:
     return x.dtype == weight.dtype or is_linear4bit(layer.base_layer) or torch.is_autocast_enabled(x.device.type)
 
 
-def fused_forward(layer: peft_layer.LoraLayer, x: Tensor) -> Tensor:
+def fused_forward(layer: Layer, x: Tensor) -> Tensor:
     """What the layer's forward gives, for a layer of which `why_not` knows no reason against it.
 
     A 4-bit layer works in x's dtype under autocast, too: that is what bitsandbytes' layers return.
@@ -144,12 +145,12 @@ def fused_forward(layer: peft_layer.LoraLayer, x: Tensor) -> Tensor:
     return y
 
 
-def _p(layer: peft_layer.LoraLayer, name: str) -> float:
+def _p(layer: Layer, name: str) -> float:
     dropout = layer.lora_dropout[name]
     return dropout.p if layer.training and isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
-def _bias(layer: peft_layer.LoraLayer, names: list[str]) -> Tensor | None:
+def _bias(layer: Layer, names: list[str]) -> Tensor | None:
     """The base layer's, and of every adapter with a bias of B that, times its scaling."""
     bias: Tensor | None = layer.base_layer.bias
     for name in names:
@@ -160,7 +161,7 @@ def _bias(layer: peft_layer.LoraLayer, names: list[str]) -> Tensor | None:
     return bias
 
 
-def quantised_weight(layer: peft_layer.LoraLayer) -> NF4Weight:
+def quantised_weight(layer: Layer) -> NF4Weight:
     """The Linear4bit's weight as the kernels read it: a second copy of its codes, which lies beside the layer's state."""
     weight = layer.base_layer.weight
     state = (weight.data_ptr(), weight._version, id(weight.quant_state))
@@ -171,7 +172,7 @@ def quantised_weight(layer: peft_layer.LoraLayer) -> NF4Weight:
     return kept[1]
 
 
-def _row_norms(layer: peft_layer.LoraLayer, weight: Tensor | NF4Weight) -> Tensor:
+def _row_norms(layer: Layer, weight: Tensor | NF4Weight) -> Tensor:
     """`row_norms`, kept as long as the weight is the same."""
     state = (id(weight),) if isinstance(weight, NF4Weight) else (weight.data_ptr(), weight._version, weight.dtype)
     kept = layer.__dict__.get("_lora_ops_norms")
