@@ -14,9 +14,7 @@ from .injection import lora_layers
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def add_adapter(
-    model: Model, config: LoraConfig, adapter_name: str, *, adapter_dtype: torch.dtype | None = None
-) -> Model:
+def add_adapter(model: Model, config: LoraConfig, adapter_name: str, *, adapter_dtype: torch.dtype | None = None) -> Model:
     """A second adapter, or a further one, in the layers that `add_lora` made. Not active before `set_adapter`.
 
     Every layer gets it, with the rank, lora_alpha, dropout and initialisation that the configuration has for the layer;

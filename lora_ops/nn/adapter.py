@@ -106,6 +106,12 @@ class NamedAdapters(nn.Module):
     def enable_adapters(self) -> None:
         self.adapters_disabled = False
 
+    def set_scaling(self, adapter_name: str, lora_alpha: float, use_rslora: bool = False) -> None:
+        """scaling = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
+        r = self.r[adapter_name]
+        self.lora_alpha[adapter_name], self.use_rslora[adapter_name] = lora_alpha, use_rslora
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
+
     @torch.no_grad()
     def reset_lora_parameters(self, adapter_name: str = "default", init_lora_weights: bool | str = True) -> None:
         """Initialises A and B anew (see `init_lora_weights` of the layer)."""
@@ -137,9 +143,8 @@ class NamedAdapters(nn.Module):
         A = torch.empty((r, self.in_features), dtype=dtype, device=device)
         B = torch.empty((self.out_features, r), dtype=dtype, device=device)
         self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
-        self.r[name], self.lora_alpha[name], self.lora_dropout[name] = r, lora_alpha, lora_dropout
-        self.use_rslora[name] = use_rslora
-        self.scaling[name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.r[name], self.lora_dropout[name] = r, lora_dropout
+        self.set_scaling(name, lora_alpha, use_rslora)
         self.reset_lora_parameters(name, init_lora_weights)
 
     def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor, float]:
