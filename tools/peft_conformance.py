@@ -1,6 +1,6 @@
 """PEFT's own test suite, with its layers and with ours in their place: the same tests must pass.
 
-    make conformance          downloads the source of the installed PEFT, and runs the LoRA part of its test_custom_models.py twice
+    make conformance     downloads the source of the installed PEFT and runs the LoRA part of its test_custom_models.py twice
 
 Tests are PEFT's (Apache-2.0), fetched into build/peft and not part of this repository. As a pytest plugin (-p peft_conformance)
 this file puts the fused layers in PEFT's places, and counts their calls.
