@@ -8,11 +8,13 @@ from .adapters import LoraConfig, add_lora, lora_layers, lora_parameters, merge_
 from .build_info import build_info
 from .cuda import dispatch as _cuda  # noqa: F401  (registers)
 from .functional import lora_linear, qlora_linear
+from .multi import AdapterBank, multi_lora_linear
 from .nn.linear import FusedLoraLinear
 from .ops import pack_weight
 from .quant import NF4Weight, quantize_nf4
 
 __all__ = [
+    "AdapterBank",
     "FusedLoraLinear",
     "LoraConfig",
     "NF4Weight",
@@ -23,6 +25,7 @@ __all__ = [
     "lora_linear",
     "lora_parameters",
     "merge_lora",
+    "multi_lora_linear",
     "pack_weight",
     "qlora_linear",
     "quantize_nf4",
