@@ -3,6 +3,8 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "cpu/dispatch.h"
 #include "cpu/quantize.h"
 
@@ -34,16 +36,20 @@ FourBit four_bit(int64_t N, int64_t K, int quant_type, int64_t blocksize, uintpt
   return {N, K, static_cast<QuantType>(quant_type), blocksize, pointer<uint8_t>(codes), pointer<float>(absmax)};
 }
 
-// (A, B, dA, dB, scaling) each, matrices or None. Throws std::invalid_argument for an id without an adapter.
+// Addresses of A, B, dA and dB, contiguous or 0, and the rank, of each; scalings. Throws std::invalid_argument for an id without
+// an adapter.
 struct Mixed {
   std::vector<Adapter> adapters;
   MixedBatch batch;
 
-  Mixed(const std::vector<std::tuple<py::object, py::object, py::object, py::object, int64_t, float>>& given, uintptr_t ids,
+  Mixed(int64_t K, const std::vector<std::array<int64_t, 5>>& given, const std::vector<float>& scalings, int dtype, uintptr_t ids,
         int64_t M) {
+    const auto of = [&](int64_t address, int64_t cols) {
+      return Matrix{reinterpret_cast<void*>(address), cols, 1, static_cast<DType>(dtype)};
+    };
     adapters.reserve(given.size());
-    for (const auto& [A, B, dA, dB, r, scaling] : given)
-      adapters.push_back({r, matrix(A), matrix(B), scaling, matrix(dA), matrix(dB)});
+    for (const auto& [A, B, dA, dB, r] : given)
+      adapters.push_back({r, of(A, K), of(B, r), scalings.at(adapters.size()), of(dA, K), of(dB, r)});
     batch = {adapters.data(), static_cast<int64_t>(adapters.size()), pointer<const int64_t>(ids)};
     for (int64_t i = 0; i < M; ++i) {
       if (batch.ids[i] >= -1 && batch.ids[i] < batch.count) continue;
@@ -112,20 +118,20 @@ PYBIND11_MODULE(_C, m) {
 
   // Rows with an adapter each: as above, without one A, B and scaling, and r the largest rank.
   m.def("multi_lora_forward", [](int64_t M, int64_t K, int64_t N, int64_t r, py::object x, py::object weight,
-                                 const std::vector<std::tuple<py::object, py::object, py::object, py::object, int64_t, float>>& adapters,
+                                 const std::vector<std::array<int64_t, 5>>& adapters, const std::vector<float>& scalings, int dtype,
                                  uintptr_t ids, py::object bias, uint64_t seed, uint32_t threshold, float keep_scale,
                                  py::object y, uintptr_t S, int threads) {
-    const Mixed mixed(adapters, ids, M);
+    const Mixed mixed(K, adapters, scalings, dtype, ids, M);
     LoraForward p{M, K, N, r, matrix(x), matrix(weight), quantized(weight, K), nullptr, {}, {}, matrix(bias), 1.f,
                   dropout(seed, threshold, keep_scale), matrix(y), pointer<float>(S), threads, mixed.batch};
     py::gil_scoped_release release;
     lora_forward(p);
   });
   m.def("multi_lora_backward", [](int64_t M, int64_t K, int64_t N, int64_t r, py::object dy, py::object x, py::object weight,
-                                  const std::vector<std::tuple<py::object, py::object, py::object, py::object, int64_t, float>>& adapters,
+                                  const std::vector<std::array<int64_t, 5>>& adapters, const std::vector<float>& scalings, int dtype,
                                   uintptr_t ids, uintptr_t S, uint64_t seed, uint32_t threshold, float keep_scale,
                                   py::object dx, py::object dbias, int threads) {
-    const Mixed mixed(adapters, ids, M);
+    const Mixed mixed(K, adapters, scalings, dtype, ids, M);
     LoraBackward p{M, K, N, r, matrix(dy), matrix(x), matrix(weight), quantized(weight, K), {}, {}, pointer<const float>(S), 1.f,
                    dropout(seed, threshold, keep_scale), matrix(dx), {}, {}, matrix(dbias), threads, mixed.batch};
     py::gil_scoped_release release;

@@ -38,10 +38,13 @@ def check(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter
     if not lora_A:
         beside = x.new_empty(1, K), x.new_empty(N, 1)
         ops.check_beside(x, (N, K), dense, *beside, bias, 1.0, dropout_p)
+    dtype, device = lora_A[0].dtype if lora_A else None, x.device
     for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
-        like_first = i > 0 and A.dtype == B.dtype == lora_A[0].dtype and A.device == B.device == x.device
-        if not (like_first and A.dim() == 2 and A.shape[1] == K and A.shape[0] > 0 and B.shape == (N, A.shape[0])):
+        r = A.shape[0]
+        if i == 0 or r < 1 or A.shape != (r, K) or B.shape != (N, r) or A.device != device or B.device != device:
             ops.check_beside(x, (N, K), dense, A, B, bias, 1.0, dropout_p)
+        if A.dtype is not dtype or B.dtype is not dtype:
+            raise TypeError(f"lora_A and lora_B of all adapters in a batch must have one dtype, got {dtype}, {A.dtype}, {B.dtype}")
 
 
 def _for_kernel(x: Tensor, weight: list[Tensor], blocksize: int, quant_type: str) -> ops.Matrix | ops.FourBit:
@@ -56,6 +59,10 @@ def _dense(x: Tensor, weight: list[Tensor], K: int, blocksize: int, quant_type: 
     if not quant_type:
         return weight[0]
     return _codes(weight, blocksize, quant_type).dequantize(K, torch.promote_types(x.dtype, torch.float32))
+
+
+def _dtype(adapters: list[Tensor]) -> int:
+    return ops._DTYPES[adapters[0].dtype] if adapters else 0
 
 
 def _forward_cpu(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, bias, seed, dropout_p):  # type: ignore[no-untyped-def]
@@ -74,12 +81,10 @@ def _forward_cpu(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, 
         y = torch.empty((M, N), dtype=x.dtype)
     S, ids = torch.empty((M, r), dtype=torch.float32), adapter_ids.contiguous()
     As, Bs = [A.contiguous() for A in lora_A], [B.contiguous() for B in lora_B]
-    adapters = [
-        (ops.matrix(A), ops.matrix(B), None, None, A.shape[0], s) for A, B, s in zip(As, Bs, scalings.tolist(), strict=True)
-    ]
+    adapters = [(A.data_ptr(), B.data_ptr(), 0, 0, A.shape[0]) for A, B in zip(As, Bs, strict=True)]
     _C.multi_lora_forward(
         M, K, N, r, ops.matrix(rows), None if external else _for_kernel(x, weight, blocksize, quant_type), adapters,
-        ids.data_ptr(), ops.matrix(None if bias is None else bias.contiguous()), *ops._dropout(seed, dropout_p), ops.matrix(y),
+        scalings.tolist(), _dtype(As), ids.data_ptr(), ops.matrix(None if bias is None else bias.contiguous()), *ops._dropout(seed, dropout_p), ops.matrix(y),
         S.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y.view(*x.shape[:-1], N), S
@@ -115,15 +120,14 @@ def _backward_cpu(  # type: ignore[no-untyped-def]
     dbias = torch.empty(N if need_dbias else 0, dtype=dy.dtype)
     As, Bs = [A.contiguous() for A in lora_A], [B.contiguous() for B in lora_B]
     adapters = [
-        (ops.matrix(As[i]), ops.matrix(Bs[i]), ops.matrix(dA[i] if need_dA[i] else None),
-         ops.matrix(dB[i] if need_dB[i] else None), As[i].shape[0], s)
-        for i, s in enumerate(scalings.tolist())
+        (A.data_ptr(), B.data_ptr(), dA[i].data_ptr() if need_dA[i] else 0, dB[i].data_ptr() if need_dB[i] else 0, A.shape[0])
+        for i, (A, B) in enumerate(zip(As, Bs, strict=True))
     ]  # fmt: skip
     rows = ops.rows_of(x) if any(need_dA) and x is not None else None
     operand = _for_kernel(dy, weight, blocksize, quant_type) if need_dx and not external else None
     _C.multi_lora_backward(
-        M, K, N, r, ops.matrix(g), ops.matrix(rows), operand, adapters, ids.data_ptr(),
-        0 if S is None else S.data_ptr(), *ops._dropout(seed, dropout_p), ops.matrix(dx if need_dx else None),
+        M, K, N, r, ops.matrix(g), ops.matrix(rows), operand, adapters, scalings.tolist(), _dtype(As),
+        ids.data_ptr(),        0 if S is None else S.data_ptr(), *ops._dropout(seed, dropout_p), ops.matrix(dx if need_dx else None),
         ops.matrix(dbias if need_dbias else None), torch.get_num_threads(),
     )  # fmt: skip
     return dx.view(*dy.shape[:-1], K) if need_dx else dx, dA, dB, dbias

@@ -44,6 +44,7 @@ void MixedRows::multiply(int64_t tile, const float* tail_left, int rows, int64_t
   const int panel = k_.panel();
   alignas(64) float packed[kUpSteps * 2 * kMaxLanes], products[kDotRows * 2 * kMaxLanes];
   std::fill_n(c, rows * panel, 0.f);
+  if (tile + 1 < tiles_.count) fetch(tile + 1, col);
   const Adapter* holds = nullptr;  // whose piece `packed` is
   for (int64_t n = first_[tile]; n < first_[tile + 1]; ++n) {
     const Run& run = runs_[n];
@@ -61,6 +62,19 @@ void MixedRows::multiply(int64_t tile, const float* tail_left, int rows, int64_t
     holds = a.r <= kUpSteps ? &a : nullptr;
     if (in_order) continue;
     for (int i = 0; i < run.rows; ++i) std::memcpy(c + run.at[i] * panel, products + i * panel, panel * sizeof(float));
+  }
+}
+
+// Brings the pieces of A or B that a tile meets in a panel to L2: there may be as many as rows, and each is short.
+void MixedRows::fetch(int64_t tile, int64_t col) const {
+  const int64_t cols = std::min<int64_t>(k_.panel(), C_ - col);
+  for (int64_t n = first_[tile]; n < first_[tile + 1]; ++n) {
+    const Adapter& a = *runs_[n].adapter;
+    const bool up_B = side_ == Side::up_B;
+    const Matrix piece = up_B ? from(a.lora_B, col, 0) : from(a.lora_A, 0, col);
+    const int64_t lines = up_B ? 1 : a.r, bytes = (up_B ? cols * a.r : cols) * size_of(piece.dtype);
+    for (int64_t i = 0; i < lines; ++i)
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(piece.at(i, 0) + b, 0, 2);
   }
 }
 

@@ -38,6 +38,8 @@ class MixedRows {
     int64_t left;      // of its left operand [r][lanes] in tail_left
   };
 
+  void fetch(int64_t tile, int64_t col) const;
+
   const Kernels& k_;
   const Side side_;
   const int64_t most_r_, C_, row0_;
