@@ -16,8 +16,8 @@ class AdapterBank:
     """Any number of adapters of one layer by name: lora_A (r, K), lora_B (N, r) and a scaling each, every rank its own.
 
     Tensors are kept as they are, not copied: what trains them elsewhere trains them here. An adapter's index is its place; it
-    stays its own until it is removed, when the next one added gets it. What lies in the bank and does not occur in a batch costs
-    no time.
+    stays its own until it is removed, when the next one added gets it. What lies in the bank and does not occur in a batch
+    costs no time.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class AdapterBank:
         A, B = [self._A[i] for i in occur], [self._B[i] for i in occur]
         if any(a is None for a in A):
             raise ValueError(f"adapter_ids has {next(i for i in occur if self._A[i] is None)}, whose adapter was removed")
-        return A, B, self._scalings[distinct[1:] if without else distinct], place - 1 if without else place  # type: ignore[return-value]
+        return A, B, self._scalings[occur], place - 1 if without else place
 
     def _all(self, ids: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """The same for all adapters: what a compiled graph is given must not depend on ids."""
@@ -150,9 +150,8 @@ def multi_lora_linear(
         ValueError: a shape, device, id or dropout_p that does not fit, or a weight that requires grad.
         TypeError: a dtype that does not fit.
     """
-    quantized = isinstance(weight, NF4Weight)
-    if not quantized and torch.is_grad_enabled():
-        check_frozen(weight)  # type: ignore[arg-type]
+    if not isinstance(weight, NF4Weight) and torch.is_grad_enabled():
+        check_frozen(weight)
     if len(weight.shape) != 2:
         raise ValueError(f"weight must be (N, K), got shape {tuple(weight.shape)}")
     K = weight.shape[1]
@@ -164,13 +163,14 @@ def multi_lora_linear(
     if dtype is not None:
         x, bias = x.to(dtype), bias if bias is None or bias.dtype == torch.float32 else bias.to(dtype)
         As, Bs = ([t if t.dtype in (dtype, torch.float32) else t.to(dtype) for t in ts] for ts in (As, Bs))
-        if not quantized and weight.dtype not in (dtype, torch.float32):  # type: ignore[union-attr]
-            weight = weight.to(dtype)  # type: ignore[union-attr]
-    if quantized:
-        codes = qlora_ops.weight_of(weight)  # type: ignore[arg-type]
-        operand = [[t for t in codes[:5] if t is not None], K, codes.blocksize, codes.quant_type]
+        if isinstance(weight, Tensor) and weight.dtype not in (dtype, torch.float32):
+            weight = weight.to(dtype)
+    operand: tuple[list[Tensor], int, int, str]
+    if isinstance(weight, NF4Weight):
+        codes = qlora_ops.weight_of(weight)
+        operand = [t for t in codes[:5] if t is not None], K, codes.blocksize, codes.quant_type
     else:
-        operand = [[weight], K, 0, ""]
+        operand = [weight], K, 0, ""
     seed = None
     if training and dropout_p != 0.0:
         multi_ops.check(x, *operand, As, Bs, scalings, ids, bias, dropout_p)  # before the generator moves

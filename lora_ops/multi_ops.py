@@ -30,7 +30,9 @@ def check(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter
     """Raises ValueError or TypeError naming the argument that does not fit, what it is and what it may be."""
     N, dense = weight[0].shape[0], None if quant_type else weight[0]
     if len(lora_A) != len(lora_B) or scalings.shape != (len(lora_A),):
-        raise ValueError(f"lora_A, lora_B and scalings must be of one length, got {len(lora_A)}, {len(lora_B)}, {scalings.shape}")
+        raise ValueError(
+            f"lora_A, lora_B and scalings must be of one length, got {len(lora_A)}, {len(lora_B)}, {scalings.shape}"
+        )
     M = math.prod(x.shape[:-1])
     if adapter_ids.dtype != torch.int64 or adapter_ids.shape != (M,):
         shape = tuple(adapter_ids.shape)
@@ -44,15 +46,18 @@ def check(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter
         if i == 0 or r < 1 or A.shape != (r, K) or B.shape != (N, r) or A.device != device or B.device != device:
             ops.check_beside(x, (N, K), dense, A, B, bias, 1.0, dropout_p)
         if A.dtype is not dtype or B.dtype is not dtype:
-            raise TypeError(f"lora_A and lora_B of all adapters in a batch must have one dtype, got {dtype}, {A.dtype}, {B.dtype}")
+            raise TypeError(
+                f"lora_A and lora_B of all adapters in a batch must have one dtype, got {dtype}, {A.dtype}, {B.dtype}"
+            )
 
 
-def _for_kernel(x: Tensor, weight: list[Tensor], blocksize: int, quant_type: str) -> ops.Matrix | ops.FourBit:
+def _for_kernel(weight: list[Tensor], blocksize: int, quant_type: str) -> ops.Matrix | ops.FourBit:
     return _codes(weight, blocksize, quant_type).for_kernel() if quant_type else ops.matrix(weight[0])
 
 
 def _codes(weight: list[Tensor], blocksize: int, quant_type: str) -> qlora_ops.Weight:
-    return qlora_ops.Weight(weight[0], weight[1], *(weight[2:] or (None, None, None)), blocksize, quant_type)  # type: ignore[arg-type]
+    nested_absmax, nested_code, offset = weight[2:] if len(weight) > 2 else (None, None, None)
+    return qlora_ops.Weight(weight[0], weight[1], nested_absmax, nested_code, offset, blocksize, quant_type)
 
 
 def _dense(x: Tensor, weight: list[Tensor], K: int, blocksize: int, quant_type: str) -> Tensor:
@@ -83,22 +88,22 @@ def _forward_cpu(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, 
     As, Bs = [A.contiguous() for A in lora_A], [B.contiguous() for B in lora_B]
     adapters = [(A.data_ptr(), B.data_ptr(), 0, 0, A.shape[0]) for A, B in zip(As, Bs, strict=True)]
     _C.multi_lora_forward(
-        M, K, N, r, ops.matrix(rows), None if external else _for_kernel(x, weight, blocksize, quant_type), adapters,
-        scalings.tolist(), _dtype(As), ids.data_ptr(), ops.matrix(None if bias is None else bias.contiguous()), *ops._dropout(seed, dropout_p), ops.matrix(y),
-        S.data_ptr(), torch.get_num_threads(),
+        M, K, N, r, ops.matrix(rows), None if external else _for_kernel(weight, blocksize, quant_type), adapters,
+        scalings.tolist(), _dtype(As), ids.data_ptr(), ops.matrix(None if bias is None else bias.contiguous()),
+        *ops._dropout(seed, dropout_p), ops.matrix(y), S.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y.view(*x.shape[:-1], N), S
 
 
 def _backward_cpu(  # type: ignore[no-untyped-def]
-    dy, x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, S, seed, dropout_p, need_dx, need_dA, need_dB,
-    need_dbias,
+    dy, x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, S, seed, dropout_p, need_dx, need_dA,
+    need_dB, need_dbias,
 ):  # fmt: skip
     N, g = weight[0].shape[0], ops.rows_of(dy)
     if dy.dtype not in ops._DTYPES or N * K == 0:
         return backward_reference(
-            dy, x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, S, seed, dropout_p, need_dx, need_dA,
-            need_dB, need_dbias,
+            dy, x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, S, seed, dropout_p, need_dx,
+            need_dA, need_dB, need_dbias,
         )  # fmt: skip
     M, r = g.shape[0], max((A.shape[0] for A in lora_A), default=0)
     external = need_dx and ops.base_on_torch(dy.dtype)
@@ -124,10 +129,10 @@ def _backward_cpu(  # type: ignore[no-untyped-def]
         for i, (A, B) in enumerate(zip(As, Bs, strict=True))
     ]  # fmt: skip
     rows = ops.rows_of(x) if any(need_dA) and x is not None else None
-    operand = _for_kernel(dy, weight, blocksize, quant_type) if need_dx and not external else None
+    operand = _for_kernel(weight, blocksize, quant_type) if need_dx and not external else None
     _C.multi_lora_backward(
-        M, K, N, r, ops.matrix(g), ops.matrix(rows), operand, adapters, scalings.tolist(), _dtype(As),
-        ids.data_ptr(),        0 if S is None else S.data_ptr(), *ops._dropout(seed, dropout_p), ops.matrix(dx if need_dx else None),
+        M, K, N, r, ops.matrix(g), ops.matrix(rows), operand, adapters, scalings.tolist(), _dtype(As), ids.data_ptr(),
+        0 if S is None else S.data_ptr(), *ops._dropout(seed, dropout_p), ops.matrix(dx if need_dx else None),
         ops.matrix(dbias if need_dbias else None), torch.get_num_threads(),
     )  # fmt: skip
     return dx.view(*dy.shape[:-1], K) if need_dx else dx, dA, dB, dbias
@@ -142,8 +147,8 @@ def forward_reference(x, weight, K, blocksize, quant_type, lora_A, lora_B, scali
 
 
 def backward_reference(  # type: ignore[no-untyped-def]
-    dy, x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, S, seed, dropout_p, need_dx, need_dA, need_dB,
-    need_dbias,
+    dy, x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, S, seed, dropout_p, need_dx, need_dA,
+    need_dB, need_dbias,
 ):  # fmt: skip
     W, M = _dense(dy, weight, K, blocksize, quant_type), math.prod(dy.shape[:-1])
     rows = None if x is None else x.reshape(M, K)
@@ -168,8 +173,8 @@ def _forward_fake(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings,
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]
-    dy, x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, S, seed, dropout_p, need_dx, need_dA, need_dB,
-    need_dbias,
+    dy, x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, S, seed, dropout_p, need_dx, need_dA,
+    need_dB, need_dbias,
 ):  # fmt: skip
     return (
         dy.new_empty((*dy.shape[:-1], K) if need_dx else 0),

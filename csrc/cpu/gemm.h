@@ -180,7 +180,7 @@ struct Product {
   const float* tail_left = nullptr;  // [tile][tail->left_size]
   const UpPanels* tail = nullptr;
   const MixedRows* mixed = nullptr;  // instead, where rows differ in their tail
-  Mask tail_mask = {};  // applied to the tail alone
+  Mask tail_mask = {};               // applied to the tail alone
   Matrix bias = {};
   Matrix out = {};  // from the block's first row
 

@@ -140,8 +140,8 @@ void MixedRows::down(int64_t tile, const LoraBackward& p, float* own, float* tai
       pack_right(k_, k_.f32, from(a.lora_B, n0, 0), a.r, 0, static_cast<int>(2 * ceil_div(a.r, panel)), 0, steps, Mask{}, right,
                  steps * lanes);
       for (int64_t j = 0; j < a.r; j += panel)
-        k_.f32.tile(run.rows, a.r - j > lanes ? 2 : 1, left, right + j * steps, steps * lanes, steps, sums + j * kDotRows, n0 > 0,
-                    {});
+        k_.f32.tile(run.rows, a.r - j > lanes ? 2 : 1, left, right + j * steps, steps * lanes, steps, sums + j * kDotRows,
+                    n0 > 0, {});
     }
     const float scale = a.scaling * p.dropout.keep_scale;
     float* tail = tail_left + run.left;
