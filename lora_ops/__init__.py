@@ -23,11 +23,13 @@ from .build_info import build_info
 from .cuda import dispatch as _cuda  # noqa: F401  (registers)
 from .dora import dora_linear
 from .functional import lora_linear, qlora_linear
+from .multi import AdapterBank, multi_lora_linear
 from .nn.linear import FusedLoraLinear
 from .ops import pack_weight
 from .quant import NF4Weight, quantize_nf4
 
 __all__ = [
+    "AdapterBank",
     "FusedLoraLinear",
     "LoraConfig",
     "NF4Weight",
@@ -43,6 +45,7 @@ __all__ = [
     "lora_linear",
     "lora_parameters",
     "merge_lora",
+    "multi_lora_linear",
     "pack_weight",
     "qlora_linear",
     "quantize_nf4",
