@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import multi_ops, qlora_ops
 from .autograd import check_frozen
-from .functional import _autocast_dtype, _draw_seed
+from .functional import _draw_seed, autocast_dtype
 from .quant import NF4Weight
 
 
@@ -159,7 +159,7 @@ def multi_lora_linear(
         raise ValueError(f"x must be (..., K) with K = {K} as in weight {tuple(weight.shape)}, got shape {tuple(x.shape)}")
     ids = _row_ids(x, bank, adapter_ids)
     As, Bs, scalings, ids = bank._all(ids) if torch.compiler.is_compiling() else bank._occurring(ids)
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     if dtype is not None:
         x, bias = x.to(dtype), bias if bias is None or bias.dtype == torch.float32 else bias.to(dtype)
         As, Bs = ([t if t.dtype in (dtype, torch.float32) else t.to(dtype) for t in ts] for ts in (As, Bs))

@@ -1,7 +1,7 @@
 """torch.ops.lora_ops.multi_lora_*: what ops.py has, for rows that each have an adapter of their own.
 
     multi_lora_forward   y, S from x, the frozen weight (dense, or in 4 bits), any number of adapters and each row's index
-    multi_lora_backward  dx, dA and dB of every adapter, dbias, of which only those asked for are computed
+    multi_lora_backward  dx, dA and dB of every adapter, dbias in fp32, of which only those asked for are computed
 
 `weight` is [W0] or an NF4Weight's tensors (then blocksize and quant_type say how to read them). Shapes of outputs depend on no
 index: S is (M, largest r), and an adapter that no row has gets zeros.
@@ -122,7 +122,7 @@ def _backward_cpu(  # type: ignore[no-untyped-def]
 
     dA = [gradient(i, A, need) for i, (A, need) in enumerate(zip(lora_A, need_dA, strict=True))]
     dB = [gradient(i, B, need) for i, (B, need) in enumerate(zip(lora_B, need_dB, strict=True))]
-    dbias = torch.empty(N if need_dbias else 0, dtype=dy.dtype)
+    dbias = torch.empty(N if need_dbias else 0, dtype=torch.float32)
     As, Bs = [A.contiguous() for A in lora_A], [B.contiguous() for B in lora_B]
     adapters = [
         (A.data_ptr(), B.data_ptr(), dA[i].data_ptr() if need_dA[i] else 0, dB[i].data_ptr() if need_dB[i] else 0, A.shape[0])
@@ -161,7 +161,7 @@ def backward_reference(  # type: ignore[no-untyped-def]
         empty if dx is None else dx.reshape(*dy.shape[:-1], K),
         [A.new_empty(0) if d is None else d for A, d in zip(lora_A, dA, strict=True)],
         [B.new_empty(0) if d is None else d for B, d in zip(lora_B, dB, strict=True)],
-        empty if dbias is None else dbias,
+        dy.new_empty(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if dbias is None else dbias,
     )
 
 
@@ -180,7 +180,7 @@ def _backward_fake(  # type: ignore[no-untyped-def]
         dy.new_empty((*dy.shape[:-1], K) if need_dx else 0),
         [A.new_empty(A.shape if need else 0) for A, need in zip(lora_A, need_dA, strict=True)],
         [B.new_empty(B.shape if need else 0) for B, need in zip(lora_B, need_dB, strict=True)],
-        dy.new_empty(weight[0].shape[0] if need_dbias else 0),
+        dy.new_empty(weight[0].shape[0] if need_dbias else 0, dtype=torch.promote_types(dy.dtype, torch.float32)),
     )
 
 
@@ -200,6 +200,7 @@ class _MultiLora(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.constants, ctx.dropout_p, ctx.weights, ctx.n = constants, dropout_p, len(weight), n
         ctx.need = need_dx, list(need_dA), list(need_dB), need_dbias
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return y, S
 
     @staticmethod
@@ -215,7 +216,7 @@ class _MultiLora(torch.autograd.Function):
         dx, dA, dB, dbias = _BACKWARD(
             dy, x, weight, *ctx.constants, As, Bs, scalings, adapter_ids, S, seed, ctx.dropout_p, *ctx.need
         )
-        gradients = (dx, dbias, *dA, *dB)
+        gradients = (dx, dbias.to(ctx.bias_dtype), *dA, *dB)
         needs = ctx.needs_input_grad[7:]
         return (*nothing[:7], *(d if need else None for d, need in zip(gradients, needs, strict=True)))
 

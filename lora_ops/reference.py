@@ -195,7 +195,7 @@ def multi_lora_backward(
             dB[i] = (scalings[i] * (g[rows].T @ S[rows, : A.shape[0]])).to(B.dtype)
     if dx is not None and through is not None:
         dx = (dx + _dropped(through, seed, dropout_p)).to(dy.dtype)
-    return dx, dA, dB, g.sum(0).to(dy.dtype) if need_dbias else None
+    return dx, dA, dB, g.sum(0).to(torch.promote_types(dy.dtype, torch.float32)) if need_dbias else None
 
 
 def _check_ids(adapter_ids: Tensor, count: int) -> None:

@@ -41,7 +41,7 @@ def tokens(batch: int = 2) -> Tensor:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which kinds of fused calls are made."""
     calls = []
-    for name in ("lora_linear", "qlora_linear", "dora_linear"):
+    for name in ("lora_linear", "qlora_linear", "dora_linear", "multi_lora_linear"):
         real = getattr(integration.layers, name)
 
         def call(*args, real=real, name=name, **kwargs):
@@ -125,13 +125,15 @@ def test_an_adapter_added_later_is_fused(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(calls) == len(report(model).fused) == 8
 
 
-def test_mixed_batches_are_as_peft_s() -> None:
+def test_mixed_batches_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = model_of()
     stock.add_adapter("other", LoraConfig(r=3, target_modules=ALL, init_lora_weights=False))
     model = patch(copy.deepcopy(stock))
     names = ["other", "__base__", "default"]
+    calls = counted(monkeypatch)
     eager, exact = (m(tokens(3), adapter_names=names).logits for m in (stock, copy.deepcopy(stock).double()))
     actual = model(tokens(3), adapter_names=names).logits
+    assert calls == ["multi_lora_linear"] * 8
     compare.assert_within_bound({"logits": compare.error(actual, eager, exact)})
 
 

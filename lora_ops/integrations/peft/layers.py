@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...dora import dora_linear, row_norms
 from ...functional import lora_linear, qlora_linear
+from ...multi import AdapterBank, multi_lora_linear
 from ...nn.linear import is_conv1d
 from ...nn.quantized import is_linear4bit
 from ...quant import NF4Weight
@@ -22,9 +23,12 @@ class Fused:
     """Before a layer of PEFT's in the order of its bases."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or why_not(self) is not None or not _takes(self, x):
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        return fused_forward(self, x)
+        if not args and _takes(self, x):
+            if not kwargs and why_not(self) is None:
+                return fused_forward(self, x)
+            if kwargs.keys() == {"adapter_names"} and why_not_mixed(self, kwargs["adapter_names"]) is None:
+                return mixed_forward(self, x, kwargs["adapter_names"])
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
 
 class FusedLinear(Fused, peft_layer.Linear):
@@ -54,6 +58,22 @@ def why_not(layer: Layer) -> str | None:
     if len(names) > 1 and any(name in layer.lora_variant for name in names):
         return "DoRA beside another active adapter"
     return None
+
+
+def why_not_mixed(layer: Layer, adapter_names: list[str] | None) -> str | None:
+    """Why a batch whose rows have adapters of their own goes to PEFT's forward, or None."""
+    if adapter_names is None or layer.disable_adapters or layer.merged or layer.training:
+        return "it is in training, or its adapters are disabled or merged"
+    names = [name for name in dict.fromkeys(adapter_names) if name in layer.lora_A]
+    if len({layer.lora_A[name].weight.dtype for name in names}) > 1:
+        return "its adapters have several dtypes"
+    for name in names:
+        variant, scaling = layer.lora_variant.get(name), layer.scaling[name]
+        if variant is not None or layer.lora_B[name].bias is not None or isinstance(scaling, Tensor):
+            return f'adapter "{name}" is DoRA, or has a bias of B, or a tensor as scaling'
+        if why := _of_adapter(layer, name):
+            return why
+    return _of_base(layer.base_layer)
 
 
 def active(layer: Layer) -> list[str]:
@@ -143,6 +163,21 @@ def fused_forward(layer: Layer, x: Tensor) -> Tensor:
         A, B = layer.lora_A[name], layer.lora_B[name]
         y = y + (B(A(layer.lora_dropout[name](x.to(A.weight.dtype)))) * layer.scaling[name]).to(y.dtype)
     return y
+
+
+def mixed_forward(layer: Layer, x: Tensor, adapter_names: list[str]) -> Tensor:
+    """What the layer's forward gives where every row of x, or every sequence, has an adapter of its own."""
+    layer._check_forward_args(x, adapter_names=adapter_names)
+    base, bank = layer.base_layer, AdapterBank()
+    weight = quantised_weight(layer) if is_linear4bit(base) else base.weight.T if is_conv1d(base) else base.weight
+    for name in dict.fromkeys(adapter_names):
+        if name in layer.lora_A:
+            A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+            if A.dtype not in (x.dtype, torch.float32):
+                A, B = A.float(), B.float()
+            bank.add(name, A, B, layer.scaling[name])
+    ids = [name if name in bank else None for name in adapter_names]
+    return multi_lora_linear(x, weight, bank, ids, bias=base.bias)
 
 
 def _p(layer: Layer, name: str) -> float:
