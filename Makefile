@@ -1,6 +1,7 @@
 # make demo    fine-tune a 135M language model with PEFT and with lora_ops, and compare (ARGS="--quant none" passes options on)
 # make test    the whole test suite              make bench   the benchmarks
 # make lint    ruff, clang-format, mypy          make clean   remove what was built and written, but not .venv's packages
+# make conformance   PEFT's own test suite, with its layers and with ours in their place
 #
 # Each makes .venv on first use. If the package index gives a torch with CUDA where none is wanted:
 #   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -15,7 +16,7 @@ export LORA_OPS_CUDA ?= 0
 BIN := .venv/bin
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: all .venv demo test bench lint clean
+.PHONY: all .venv demo test bench conformance lint clean
 .DELETE_ON_ERROR:
 
 all: .venv
@@ -42,6 +43,10 @@ test: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python -m pytest bench/ $(ARGS)
+
+conformance: .venv/.installed
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[conformance]'
+	$(BIN)/python tools/peft_conformance.py $(ARGS)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

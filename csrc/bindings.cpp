@@ -3,6 +3,8 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "cpu/dispatch.h"
 #include "cpu/quantize.h"
 
@@ -33,6 +35,29 @@ QuantizedWeight quantized(const py::object& o, int64_t K) {
 FourBit four_bit(int64_t N, int64_t K, int quant_type, int64_t blocksize, uintptr_t codes, uintptr_t absmax) {
   return {N, K, static_cast<QuantType>(quant_type), blocksize, pointer<uint8_t>(codes), pointer<float>(absmax)};
 }
+
+// Addresses of A, B, dA and dB, contiguous or 0, and the rank, of each; scalings. Throws std::invalid_argument for an id
+// without an adapter.
+struct Mixed {
+  std::vector<Adapter> adapters;
+  MixedBatch batch;
+
+  Mixed(int64_t K, const std::vector<std::array<int64_t, 5>>& given, const std::vector<float>& scalings, int dtype,
+        uintptr_t ids, int64_t M) {
+    const auto of = [&](int64_t address, int64_t cols) {
+      return Matrix{reinterpret_cast<void*>(address), cols, 1, static_cast<DType>(dtype)};
+    };
+    adapters.reserve(given.size());
+    for (const auto& [A, B, dA, dB, r] : given)
+      adapters.push_back({r, of(A, K), of(B, r), scalings.at(adapters.size()), of(dA, K), of(dB, r)});
+    batch = {adapters.data(), static_cast<int64_t>(adapters.size()), pointer<const int64_t>(ids)};
+    for (int64_t i = 0; i < M; ++i) {
+      if (batch.ids[i] >= -1 && batch.ids[i] < batch.count) continue;
+      throw std::invalid_argument("adapter_ids must be -1 or the index of an adapter, below " + std::to_string(batch.count) +
+                                  ", got " + std::to_string(batch.ids[i]));
+    }
+  }
+};
 
 Dropout dropout(uint64_t seed, uint32_t threshold, float keep_scale) {
   return {seed, threshold, keep_scale};
@@ -90,6 +115,60 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     lora_backward(p);
   });
+
+  // Rows with an adapter each: as above, without one A, B and scaling, and r the largest rank.
+  m.def("multi_lora_forward",
+        [](int64_t M, int64_t K, int64_t N, int64_t r, py::object x, py::object weight,
+           const std::vector<std::array<int64_t, 5>>& adapters, const std::vector<float>& scalings, int dtype, uintptr_t ids,
+           py::object bias, uint64_t seed, uint32_t threshold, float keep_scale, py::object y, uintptr_t S, int threads) {
+          const Mixed mixed(K, adapters, scalings, dtype, ids, M);
+          LoraForward p{M,
+                        K,
+                        N,
+                        r,
+                        matrix(x),
+                        matrix(weight),
+                        quantized(weight, K),
+                        nullptr,
+                        {},
+                        {},
+                        matrix(bias),
+                        1.f,
+                        dropout(seed, threshold, keep_scale),
+                        matrix(y),
+                        pointer<float>(S),
+                        threads,
+                        mixed.batch};
+          py::gil_scoped_release release;
+          lora_forward(p);
+        });
+  m.def("multi_lora_backward",
+        [](int64_t M, int64_t K, int64_t N, int64_t r, py::object dy, py::object x, py::object weight,
+           const std::vector<std::array<int64_t, 5>>& adapters, const std::vector<float>& scalings, int dtype, uintptr_t ids,
+           uintptr_t S, uint64_t seed, uint32_t threshold, float keep_scale, py::object dx, py::object dbias, int threads) {
+          const Mixed mixed(K, adapters, scalings, dtype, ids, M);
+          LoraBackward p{M,
+                         K,
+                         N,
+                         r,
+                         matrix(dy),
+                         matrix(x),
+                         matrix(weight),
+                         quantized(weight, K),
+                         {},
+                         {},
+                         pointer<const float>(S),
+                         1.f,
+                         dropout(seed, threshold, keep_scale),
+                         matrix(dx),
+                         {},
+                         {},
+                         matrix(dbias),
+                         threads,
+                         mixed.batch};
+          py::gil_scoped_release release;
+          lora_backward(p);
+        });
 
   m.def("packed_size", [](int64_t N, int64_t K, int x, int weight) {
     return packed_size(kernels(), N, K, static_cast<DType>(x), static_cast<DType>(weight));

@@ -45,6 +45,22 @@ struct Dropout {
   float keep_scale = 1.f;  // 1 / (1 - p)
 };
 
+// One adapter of a mixed batch: A and B with contiguous rows; dA and dB like them, or absent.
+struct Adapter {
+  int64_t r;
+  Matrix lora_A;  // (r, K)
+  Matrix lora_B;  // (N, r)
+  float scaling;
+  Matrix dA, dB;
+};
+
+// Rows that each have an adapter of their own, or none: instead of one lora_A, lora_B and scaling.
+struct MixedBatch {
+  const Adapter* adapters = nullptr;
+  int64_t count = 0;
+  const int64_t* ids = nullptr;  // (M): which of the adapters, or -1; null: the batch is not mixed
+};
+
 // S = drop(x) Aᵀ ;  y = x W0ᵀ + scaling · S Bᵀ + bias
 struct LoraForward {
   int64_t M, K, N, r;
@@ -60,6 +76,7 @@ struct LoraForward {
   Matrix y;  // (M, N), x's dtype
   float* S;  // (M, r)
   int threads;
+  MixedBatch mixed = {};  // then r is the largest rank: a row of S ends with zeros
 };
 
 // dS = scaling · dy B ;  dx = dy W0 + drop'(dS A) ;  dA = dSᵀ drop(x) ;  dB = scaling · dyᵀ S ;  dbias = Σ_rows dy
@@ -80,6 +97,7 @@ struct LoraBackward {
   Matrix dB;     // (N, r)
   Matrix dbias;  // (1, N)
   int threads;
+  MixedBatch mixed = {};  // then r is the largest rank, and dA and dB are the adapters'
 };
 
 }  // namespace lora_ops

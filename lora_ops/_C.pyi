@@ -16,6 +16,16 @@ def lora_backward(
     scaling: float, seed: int, threshold: int, keep_scale: float, dx: Matrix, dA: Matrix, dB: Matrix, dbias: Matrix,
     threads: int, /,
 ) -> None: ...  # fmt: skip
+def multi_lora_forward(
+    M: int, K: int, N: int, r: int, x: Matrix, weight: Matrix | FourBit, adapters: list[tuple[int, int, int, int, int]],
+    scalings: list[float], dtype: int, ids: int, bias: Matrix, seed: int, threshold: int, keep_scale: float, y: Matrix, S: int,
+    threads: int, /,
+) -> None: ...  # fmt: skip
+def multi_lora_backward(
+    M: int, K: int, N: int, r: int, dy: Matrix, x: Matrix, weight: Matrix | FourBit,
+    adapters: list[tuple[int, int, int, int, int]], scalings: list[float], dtype: int, ids: int, S: int, seed: int,
+    threshold: int, keep_scale: float, dx: Matrix, dbias: Matrix, threads: int, /,
+) -> None: ...  # fmt: skip
 def packed_size(N: int, K: int, x: int, weight: int, /) -> int: ...
 def pack_weight(N: int, K: int, weight: Matrix, x: int, panels: int, threads: int, /) -> None: ...
 def dropout_mask(rows: int, cols: int, seed: int, threshold: int, words: int, /) -> None: ...

@@ -4,29 +4,54 @@ import torch  # noqa: F401  (before _C: the extension shares torch's OpenMP runt
 
 from . import reference
 from ._version import __version__
-from .adapters import LoraConfig, add_lora, lora_layers, lora_parameters, merge_lora, remove_lora, unmerge_lora
+from .adapters import (
+    LoraConfig,
+    add_adapter,
+    add_lora,
+    delete_adapter,
+    disable_adapter,
+    load_adapter,
+    lora_layers,
+    lora_parameters,
+    merge_lora,
+    remove_lora,
+    save_adapter,
+    set_adapter,
+    unmerge_lora,
+)
 from .build_info import build_info
 from .cuda import dispatch as _cuda  # noqa: F401  (registers)
+from .dora import dora_linear
 from .functional import lora_linear, qlora_linear
+from .multi import AdapterBank, multi_lora_linear
 from .nn.linear import FusedLoraLinear
 from .ops import pack_weight
 from .quant import NF4Weight, quantize_nf4
 
 __all__ = [
+    "AdapterBank",
     "FusedLoraLinear",
     "LoraConfig",
     "NF4Weight",
     "__version__",
+    "add_adapter",
     "add_lora",
     "build_info",
+    "delete_adapter",
+    "disable_adapter",
+    "dora_linear",
+    "load_adapter",
     "lora_layers",
     "lora_linear",
     "lora_parameters",
     "merge_lora",
+    "multi_lora_linear",
     "pack_weight",
     "qlora_linear",
     "quantize_nf4",
     "reference",
     "remove_lora",
+    "save_adapter",
+    "set_adapter",
     "unmerge_lora",
 ]

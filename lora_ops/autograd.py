@@ -31,7 +31,7 @@ class _Lora(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, keyset, *args):  # type: ignore[no-untyped-def]
         n = 1 + op.weight_args
-        x, weight, (lora_A, lora_B, _), (*_, seed, scaling, dropout_p) = args[0], args[1:n], args[n : n + 3], args[n + 3 :]
+        x, weight, (lora_A, lora_B, bias), (*_, seed, scaling, dropout_p) = args[0], args[1:n], args[n : n + 3], args[n + 3 :]
         need_x, *_, need_A, need_B, need_bias = ctx.needs_input_grad[2 : n + 5]
         y, S = _below_autograd(op.forward, keyset, *args)
         # dA alone needs x, dB alone needs S: a frozen A saves no activation at all.
@@ -40,6 +40,7 @@ class _Lora(torch.autograd.Function):
         ctx.mark_non_differentiable(S)
         ctx.set_materialize_grads(False)
         ctx.plain = [None if isinstance(t, Tensor) else t for t in weight]
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.op, ctx.scaling, ctx.dropout_p, ctx.need = op, scaling, dropout_p, (need_x, need_A, need_B, need_bias)
         return y, S
 
@@ -53,6 +54,8 @@ class _Lora(torch.autograd.Function):
         x, lora_A, lora_B, S, seed, *tensors = ctx.saved_tensors
         weight = [plain if t is None else t for t, plain in zip(tensors, ctx.plain, strict=True)]
         gradients = ctx.op.backward(dy, x, *weight, lora_A, lora_B, S, seed, ctx.scaling, ctx.dropout_p, *ctx.need)
+        if ctx.need[3]:
+            gradients = (*gradients[:3], gradients[3].to(ctx.bias_dtype))
         n = 3 + ctx.op.weight_args
         for place, gradient, need in zip((2, n, n + 1, n + 2), gradients, ctx.need, strict=True):
             by_argument[place] = gradient if need else None

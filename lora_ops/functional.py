@@ -55,10 +55,10 @@ def lora_linear(
     """
     if torch.is_grad_enabled():
         check_frozen(weight)
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     if dtype is not None and weight.dtype not in (dtype, torch.float32):
         weight, panels = weight.to(dtype), None
-    x, lora_A, lora_B, bias = _autocast(dtype, x, lora_A, lora_B, bias)
+    x, lora_A, lora_B, bias = autocast(dtype, x, lora_A, lora_B, bias)
     seed = None
     if training and dropout_p != 0.0:
         ops.check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)  # before the generator moves
@@ -102,7 +102,7 @@ def qlora_linear(
     N, K = qweight.shape
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x must be (..., K) with K = {K} as in qweight {(N, K)}, got shape {tuple(x.shape)}")
-    x, lora_A, lora_B, bias = _autocast(_autocast_dtype(x), x, lora_A, lora_B, bias)
+    x, lora_A, lora_B, bias = autocast(autocast_dtype(x), x, lora_A, lora_B, bias)
     seed = None
     if training and dropout_p != 0.0:
         qlora_ops.check(x, qlora_ops.weight_of(qweight), lora_A, lora_B, bias, scaling, dropout_p)  # before the generator moves
@@ -111,7 +111,7 @@ def qlora_linear(
     return y
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast makes of x, or None where it does not act."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -119,7 +119,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def _autocast(
+def autocast(
     dtype: torch.dtype | None, x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """x in that dtype, and what could not lie beside it. fp32 parameters can, and are not rounded."""

@@ -1,7 +1,8 @@
 """torch.ops.lora_ops.*: schema, argument checks, kernels per device, shapes for the compiler, autograd. Nothing else has them.
 
     lora_forward    y, S from x, the frozen weight and one adapter
-    lora_backward   dx, dA, dB, dbias, of which only those asked for are computed (the others come back empty)
+    lora_forward_wide  y in fp32 and S, where y goes on to be multiplied
+    lora_backward   dx, dA, dB, dbias in fp32, of which only those asked for are computed (the others come back empty)
 
 qlora_ops.py has the same two for a 4-bit weight. The extension takes addresses and sizes (csrc/bindings.cpp); torch
 allocates every output. Devices and dtypes without a kernel run lora_ops/reference.py.
@@ -30,6 +31,7 @@ library.define(
     "float scaling, float dropout_p, bool need_dx, bool need_dA, bool need_dB, bool need_dbias) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
+library.define("lora_forward_wide(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> (Tensor, Tensor)")
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -195,7 +197,7 @@ def backward_kernel(
     rows = rows_of(x) if need_dA and x is not None else None
     dA = torch.empty((r, K) if need_dA else 0, dtype=lora_A.dtype)
     dB = torch.empty((N, r) if need_dB else 0, dtype=lora_B.dtype)
-    dbias = torch.empty(N if need_dbias else 0, dtype=g.dtype)
+    dbias = torch.empty(N if need_dbias else 0, dtype=torch.float32)
     _C.lora_backward(
         M, K, N, r, matrix(g), matrix(rows), weight, matrix(A), matrix(B),
         S.data_ptr() if need_dB and S is not None else 0, scaling, *_dropout(seed, dropout_p), matrix(dx),
@@ -215,6 +217,7 @@ def _lora_forward_cpu(
     seed: Tensor | None,
     scaling: float,
     dropout_p: float,
+    y_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     if not _has_kernel(x, weight):
@@ -223,7 +226,8 @@ def _lora_forward_cpu(
         _check_panels(panels, weight, x.dtype)
     N, rows = weight.shape[0], rows_of(x)
     external = panels is None and base_on_torch(x.dtype)
-    y = rows @ weight.to(x.dtype).T if external else torch.empty((rows.shape[0], N), dtype=x.dtype)
+    y_dtype = y_dtype or x.dtype
+    y = (rows @ weight.to(x.dtype).T).to(y_dtype) if external else torch.empty((rows.shape[0], N), dtype=y_dtype)
     operand = None if external else matrix(_strided(weight))
     S = forward_kernel(rows, operand, panels, lora_A, lora_B, bias, seed, scaling, dropout_p, y)
     return y.view(*x.shape[:-1], N), S
@@ -268,7 +272,8 @@ def backward_reference(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_
     grads = reference.lora_backward(
         dy.reshape(M, weight.shape[0]), rows, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need=need
     )
-    dx, *rest = (dy.new_empty(0) if g is None else g for g in grads)
+    empty = fake_gradients(dy, lora_A, lora_B, False, False, False, False)
+    dx, *rest = (e if g is None else g for g, e in zip(grads, empty, strict=True))
     return (dx.reshape(*dy.shape[:-1], weight.shape[1]) if need[0] else dx, *rest)
 
 
@@ -298,7 +303,7 @@ def fake_gradients(
         dy.new_empty((*dy.shape[:-1], lora_A.shape[1]) if need_dx else 0),
         lora_A.new_empty(lora_A.shape if need_dA else 0),
         lora_B.new_empty(lora_B.shape if need_dB else 0),
-        dy.new_empty(lora_B.shape[0] if need_dbias else 0),
+        dy.new_empty(lora_B.shape[0] if need_dbias else 0, dtype=torch.promote_types(dy.dtype, torch.float32)),
     )
 
 
@@ -307,6 +312,20 @@ def fake_gradients(
 _FORWARD = register("lora_forward", _lora_forward_cpu, forward_reference, _lora_forward_fake)
 _BACKWARD = register("lora_backward", _lora_backward_cpu, backward_reference, _lora_backward_fake)
 register_autograd("lora_forward", Operator(_FORWARD, _BACKWARD, weight_args=1))
+
+
+def _wide_cpu(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    if not _has_kernel(x, weight):
+        return _wide(x, weight, lora_A, lora_B, scaling)
+    return _lora_forward_cpu(x, weight, lora_A, lora_B, None, None, None, scaling, 0.0, torch.float32)
+
+
+def _wide(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    y, S = _FORWARD(x, weight, lora_A, lora_B, None, None, None, scaling, 0.0)
+    return y.to(S.dtype), S
+
+
+register("lora_forward_wide", _wide_cpu, _wide, _wide)
 
 
 def lora_forward(

@@ -31,6 +31,7 @@ library.define(
     "float scaling, float dropout_p, bool need_dx, bool need_dA, bool need_dB, bool need_dbias) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
+library.define(f"qlora_forward_wide(Tensor x, {_WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling) -> (Tensor, Tensor)")
 
 
 class Weight(NamedTuple):
@@ -105,9 +106,9 @@ def _forward_cpu(x: Tensor, *args):  # type: ignore[no-untyped-def]
     return _forward_checked(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
 
 
-def _forward_checked(x: Tensor, weight: Weight, lora_A, lora_B, bias, seed, scaling, dropout_p):  # type: ignore[no-untyped-def]
+def _forward_checked(x: Tensor, weight: Weight, lora_A, lora_B, bias, seed, scaling, dropout_p, y_dtype=None):  # type: ignore[no-untyped-def]
     rows, N = ops.rows_of(x), lora_B.shape[0]
-    y, for_kernel = torch.empty((rows.shape[0], N), dtype=x.dtype), None
+    y, for_kernel = torch.empty((rows.shape[0], N), dtype=y_dtype or x.dtype), None
     if ops.base_on_torch(x.dtype):
         for n, piece in weight.pieces(x.shape[-1], x.dtype):
             y[:, n] = rows @ piece.T
@@ -161,6 +162,22 @@ def _backward_fake(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-unty
 _FORWARD = register("qlora_forward", _forward_cpu, forward_reference, _forward_fake)
 _BACKWARD = register("qlora_backward", _backward_cpu, backward_reference, _backward_fake)
 register_autograd("qlora_forward", Operator(_FORWARD, _BACKWARD, weight_args=7))
+
+
+def _wide_cpu(x: Tensor, *args):  # type: ignore[no-untyped-def]
+    if x.dtype not in layout.DTYPES:
+        return _wide(x, *args)
+    weight, (lora_A, lora_B, scaling) = Weight(*args[:7]), args[7:]
+    check(x, weight, lora_A, lora_B, None, scaling, 0.0)
+    return _forward_checked(x, weight, lora_A, lora_B, None, None, scaling, 0.0, torch.float32)
+
+
+def _wide(x: Tensor, *args):  # type: ignore[no-untyped-def]
+    y, S = _FORWARD(x, *args[:-1], None, None, args[-1], 0.0)
+    return y.to(S.dtype), S
+
+
+register("qlora_forward_wide", _wide_cpu, _wide, _wide)
 
 
 def qlora_forward(

@@ -107,7 +107,8 @@ def lora_backward(
     *,
     need: tuple[bool, bool, bool, bool] = (True, True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dA, dB, dbias, each only if `need` asks for it: dx and dbias in dy's dtype, dA and dB in their own.
+    """dx, dA, dB, dbias, each only if `need` asks for it: dx in dy's dtype, dA and dB in their own,
+    dbias in fp32 (fp64 for fp64): a bias may be fp32 beside a half-precision x.
 
     x is needed for dA alone, S for dB alone.
     """
@@ -126,8 +127,81 @@ def lora_backward(
         assert S is not None
         dB = (scaling * (g.T @ S)).to(lora_B.dtype)
     if need_dbias:
-        dbias = g.sum(0).to(dy.dtype)
+        dbias = g.sum(0).to(torch.promote_types(dy.dtype, torch.float32))
     return dx, dA, dB, dbias
+
+
+# --- an adapter for each row ------------------------------------------------------------------------------------------
+
+
+def multi_lora_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    scalings: list[float],
+    adapter_ids: Tensor,
+    bias: Tensor | None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y (M, N), row n by adapter adapter_ids[n], or by W0 alone where that is -1; S (M, largest r), zeros behind each rank."""
+    _check_ids(adapter_ids, len(lora_A))
+    wx, W, b = _wide(x, weight, bias)
+    dropped = _dropped(wx, seed, dropout_p)
+    y, S = wx @ W.T, wx.new_zeros(x.shape[0], max((A.shape[0] for A in lora_A), default=0))
+    for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+        rows = adapter_ids == i
+        own = dropped[rows] @ _wide(A)[0].T
+        S[rows, : A.shape[0]] = own
+        y[rows] += scalings[i] * (own @ _wide(B)[0].T)
+    if b is not None:
+        y = y + b
+    return y.to(x.dtype), S
+
+
+def multi_lora_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    scalings: list[float],
+    adapter_ids: Tensor,
+    S: Tensor | None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    need: tuple[bool, list[bool], list[bool], bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None]:
+    """dx, every dA, every dB, dbias, each only if `need` asks for it. An adapter without rows gets zeros."""
+    g, W = _wide(dy, weight)
+    need_dx, need_dA, need_dB, need_dbias = need
+    dx = g @ W if need_dx else None
+    through = None if dx is None else torch.zeros_like(dx)
+    dropped = None if x is None else _dropped(_wide(x)[0], seed, dropout_p)
+    dA: list[Tensor | None] = [None] * len(lora_A)
+    dB: list[Tensor | None] = [None] * len(lora_A)
+    for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+        rows = adapter_ids == i
+        dS = scalings[i] * (g[rows] @ _wide(B)[0])
+        if through is not None:
+            through[rows] = dS @ _wide(A)[0]
+        if need_dA[i]:
+            assert dropped is not None
+            dA[i] = (dS.T @ dropped[rows]).to(A.dtype)
+        if need_dB[i]:
+            assert S is not None
+            dB[i] = (scalings[i] * (g[rows].T @ S[rows, : A.shape[0]])).to(B.dtype)
+    if dx is not None and through is not None:
+        dx = (dx + _dropped(through, seed, dropout_p)).to(dy.dtype)
+    return dx, dA, dB, g.sum(0).to(torch.promote_types(dy.dtype, torch.float32)) if need_dbias else None
+
+
+def _check_ids(adapter_ids: Tensor, count: int) -> None:
+    wrong = adapter_ids[(adapter_ids < -1) | (adapter_ids >= count)]
+    if wrong.numel():
+        raise ValueError(f"adapter_ids must be -1 or the index of an adapter, below {count}, got {int(wrong[0])}")
 
 
 # --- 4-bit weights ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 #include "gemm.h"
 
 #include "../nf4.h"
+#include "mixed.h"
 
 #include <unistd.h>
 
@@ -103,6 +104,19 @@ void pack_kept(const Kernels& k, const Arithmetic& arithmetic, const Matrix& rig
   });
 }
 
+void store_transposed(const Kernels& k, const float* sums, int64_t rows, int cols, float scale, const Matrix& out) {
+  alignas(64) float c[kMaxTile];
+  for (int j0 = 0; j0 < cols; j0 += k.f32.rows) {
+    const int height = std::min(k.f32.rows, cols - j0);
+    for (int64_t i0 = 0; i0 < rows; i0 += k.panel()) {
+      const int width = static_cast<int>(std::min<int64_t>(rows - i0, k.panel()));
+      for (int i = 0; i < width; ++i)
+        for (int j = 0; j < height; ++j) c[j * k.panel() + i] = scale * sums[(i0 + i) * k.panel() + j0 + j];
+      k.store_tile(c, height, width, Matrix{}, from(out, j0, i0));
+    }
+  }
+}
+
 void DownPanels::pack(const Matrix& right, int64_t task) const {
   const int64_t k0 = task * kChunk;
   const int vectors = static_cast<int>(ceil_div(r, k.lanes));
@@ -154,7 +168,11 @@ const float* Product::kept(int64_t panel, int64_t k0) const {
 void Product::start(int64_t tile, int64_t panel, float* c) const {
   const int rows = static_cast<int>(tiles.size(tile));
   const int64_t row = tiles.start(tile), col = panel * k.panel();
-  tail->multiply(tail_left + tile * tail->left_size(arithmetic.rows), rows, panel, c);
+  if (mixed) {
+    mixed->multiply(tile, tail_left, rows, col, c);
+  } else {
+    tail->multiply(tail_left + tile * tail->left_size(arithmetic.rows), rows, panel, c);
+  }
   if (tail_mask.words) k.mask_tile(c, rows, Mask{tail_mask.words + row * tail_mask.row_stride, tail_mask.row_stride, col});
   if (!left) k.load_tile(from(out, row, col), rows, static_cast<int>(std::min<int64_t>(C - col, k.panel())), c);
 }

@@ -125,6 +125,9 @@ inline Matrix from(const Matrix& m, int64_t row, int64_t col) {
   return {m.at(row, col), m.row_stride, m.col_stride, m.dtype};
 }
 
+// out[j][i] = scale · sums[i][j], `rows` x `cols` <= a panel's columns
+void store_transposed(const Kernels& k, const float* sums, int64_t rows, int cols, float scale, const Matrix& out);
+
 // A factor of rank r packed for both of its uses as a right operand: reduced over its long side ("down", to r columns) or
 // over r ("up", the tail of a product).
 struct DownPanels {  // right (R, r)
@@ -161,6 +164,8 @@ struct UpPanels {  // right (r, C)
   static constexpr int64_t kChunk = 8;
 };
 
+class MixedRows;
+
 // One block of rows of the product. `run(task, next, thread)` computes a group of columns for a range of the block's tiles.
 struct Product {
   const Kernels& k;
@@ -174,7 +179,8 @@ struct Product {
   const float* panels = nullptr;     // right packed beforehand, or null
   const float* tail_left = nullptr;  // [tile][tail->left_size]
   const UpPanels* tail = nullptr;
-  Mask tail_mask = {};  // applied to the tail alone
+  const MixedRows* mixed = nullptr;  // instead, where rows differ in their tail
+  Mask tail_mask = {};               // applied to the tail alone
   Matrix bias = {};
   Matrix out = {};  // from the block's first row
 

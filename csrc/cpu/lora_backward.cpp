@@ -6,6 +6,9 @@
 // every result is summed by one thread in one order: results do not depend on the number of threads.
 #include "dispatch.h"
 #include "gemm.h"
+#include "mixed.h"
+
+#include <optional>
 
 namespace lora_ops {
 namespace {
@@ -55,16 +58,7 @@ struct RowReduction {
 
   // out (C, rows), times `scale`
   void store_transposed(int64_t panel, int64_t rows, float scale, const Matrix& out) const {
-    alignas(64) float c[kMaxTile];
-    for (int j0 = 0; j0 < cols(panel); j0 += k.f32.rows) {
-      const int height = std::min(k.f32.rows, cols(panel) - j0);
-      for (int64_t i0 = 0; i0 < rows; i0 += k.panel()) {
-        const int width = static_cast<int>(std::min<int64_t>(rows - i0, k.panel()));
-        for (int i = 0; i < width; ++i)
-          for (int j = 0; j < height; ++j) c[j * k.panel() + i] = scale * sum(panel, i0 + i)[j0 + j];
-        k.store_tile(c, height, width, Matrix{}, from(out, panel * k.panel() + j0, i0));
-      }
-    }
+    lora_ops::store_transposed(k, sum(panel, 0), rows, cols(panel), scale, from(out, panel * k.panel(), 0));
   }
 };
 
@@ -75,23 +69,29 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
   const Steps steps(k, arithmetic, p.N);
   const Parts blocks(p.M, block_rows(arithmetic, steps));
   const int threads = useful_threads(p.threads, p.M * p.N * (product_here ? p.K : p.r));
-  const bool need_dS = p.dx.data || p.dA.data;
+  const bool mixed = p.mixed.ids;
+  const bool any_dA = mixed ? std::any_of(p.mixed.adapters, p.mixed.adapters + p.mixed.count, [](auto& a) { return a.dA.data; })
+                            : p.dA.data != nullptr;
+  const bool need_dS = p.dx.data || any_dA;
   const bool own_tile = need_dS && arithmetic.k_per_step > 1;  // dS needs fp32 elements
   const int64_t words = p.dropout.threshold && need_dS ? mask_words(p.K) : 0;
   const int64_t most_rows = blocks.size(0);
 
   Workspace workspace;
-  const DownPanels b(k, p.N, p.r, workspace);
-  const UpPanels a(k, p.r, p.K, workspace);
+  const int64_t r = mixed ? 0 : p.r;
+  const DownPanels b(k, p.N, r, workspace);
+  const UpPanels a(k, r, p.K, workspace);
   const RowReduction down_grad(k, p.dA.data ? p.r : 0, p.K, workspace);
   const RowReduction up_grad(k, (p.dB.data ? p.r : 0) + (p.dbias.data ? 1 : 0), p.N, workspace);
   const int64_t most_tiles = Parts(most_rows, arithmetic.rows).count;
   float* left = workspace.floats(most_tiles * steps.left);
-  float* tail_left = workspace.floats(most_tiles * a.left_size(arithmetic.rows));
+  float* tail_left = workspace.floats(mixed ? most_rows * p.r * k.lanes : most_tiles * a.left_size(arithmetic.rows));
+  float* mixed_dS = workspace.floats(mixed ? p.M * p.r : 0);
   float* dS_left = workspace.floats(down_grad.left_size(most_rows));
   float* S_left = workspace.floats(up_grad.left_size(most_rows));
-  uint32_t* bits = workspace.words(most_rows * words);
-  const int64_t own_size = std::max(own_tile ? p.N * k.lanes : 0, kRowBlock * kColumns * k.panel());
+  uint32_t* all_bits = workspace.words((mixed ? p.M : most_rows) * words);
+  const int64_t own_down = mixed ? MixedRows::backward_size(k, p) : own_tile ? p.N * k.lanes : 0;
+  const int64_t own_size = std::max(own_down, kRowBlock * kColumns * k.panel());
   float* own = workspace.floats(own_size * threads);
   float* scratch = nullptr;  // of the first block: no later one is larger
 
@@ -100,9 +100,10 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
     std::fill_n(up_grad.sums, up_grad.size(), 0.f);
   }
 
-  Tasks adapters(need_dS ? b.tasks() + a.tasks() : 0);
+  Tasks adapters(need_dS && !mixed ? b.tasks() + a.tasks() : 0);
   for (int64_t m = 0; m < blocks.count; ++m) {
     const int64_t row0 = blocks.start(m), rows_here = blocks.size(m);
+    uint32_t* bits = all_bits + (mixed ? row0 * words : 0);
     Product product{k, arithmetic, Parts(rows_here, arithmetic.rows), p.N, p.K};
     product.left = product_here ? left : nullptr;
     product.right = p.weight;
@@ -115,6 +116,9 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
       product.plan(threads);
       product.scratch = scratch = m == 0 ? workspace.floats(product.scratch_size * threads) : scratch;
     }
+
+    std::optional<const MixedRows> rows_of;
+    if (mixed) product.mixed = &rows_of.emplace(k, p.mixed, Side::up_A, p.r, p.K, row0, product.tiles);
 
     // dS of an fp32 tile, which begins at row `first` of the block: the tail's left operand and dA's.
     const auto dS = [&](const float* tile, int64_t first, int rows, float* tail) {
@@ -150,7 +154,8 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
       }
       if (!need_dS) return;
       float* tile = left + t * steps.left;
-      pack_left(k, arithmetic, p.dy, p.M, row0 + first, p.N, Mask{}, tile);
+      if (product.left || !mixed) pack_left(k, arithmetic, p.dy, p.M, row0 + first, p.N, Mask{}, tile);
+      if (mixed) return rows_of->down(t, p, own + thread * own_size, tail_left, mixed_dS);
       each_f32_tile(k, rows, [&](int64_t i, int rows_there) {
         if (own_tile) {
           tile = own + thread * own_size;
@@ -178,6 +183,7 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
     });
   }
 
+  if (mixed) mixed_gradients(k, p, mixed_dS, all_bits, words, threads, workspace);
   Tasks stores(down_grad.panels() + up_grad.panels());
   parallel(threads, [&](int) {
     stores.run([&](int64_t t) {

@@ -9,6 +9,7 @@
 #include "../nf4.h"
 #include "dispatch.h"
 #include "gemm.h"
+#include "mixed.h"
 #include "strip.h"
 
 #include <optional>
@@ -48,18 +49,19 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
   const int threads = useful_threads(p.threads, p.M * p.K * (product_here ? p.N : p.r));
   const int64_t words = mask_words(p.K);
   const bool own_tile = p.dropout.threshold || arithmetic.k_per_step > 1;  // S needs another tile than the product
-  const int64_t own_size = own_tile ? p.K * k.lanes + words * k.lanes : 0;
+  const bool mixed = p.mixed.ids;
+  const int64_t own_size = mixed ? MixedRows::forward_size(k, p) : own_tile ? p.K * k.lanes + words * k.lanes : 0;
 
   Workspace workspace;
-  const DownPanels a(k, p.K, p.r, workspace);
-  const UpPanels b(k, p.r, p.N, workspace);
+  const DownPanels a(k, p.K, mixed ? 0 : p.r, workspace);
+  const UpPanels b(k, mixed ? 0 : p.r, p.N, workspace);
   const int64_t most_tiles = Parts(blocks.size(0), arithmetic.rows).count;
   float* left = workspace.floats(most_tiles * steps.left);
-  float* tail_left = workspace.floats(most_tiles * b.left_size(arithmetic.rows));
+  float* tail_left = workspace.floats(mixed ? blocks.size(0) * p.r * k.lanes : most_tiles * b.left_size(arithmetic.rows));
   float* own = workspace.floats(own_size * threads);
   float* scratch = nullptr;  // of the first block: no later one is larger
 
-  Tasks adapters(a.tasks() + b.tasks());
+  Tasks adapters(mixed ? 0 : a.tasks() + b.tasks());
   for (int64_t m = 0; m < blocks.count; ++m) {
     Product product{k, arithmetic, Parts(blocks.size(m), arithmetic.rows), p.K, p.N};
     product.left = product_here ? left : nullptr;
@@ -73,12 +75,15 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
     product.out = from(p.y, blocks.start(m), 0);
     product.plan(threads);
     product.scratch = scratch = m == 0 ? workspace.floats(product.scratch_size * threads) : scratch;
+    std::optional<const MixedRows> rows_of;
+    if (mixed) product.mixed = &rows_of.emplace(k, p.mixed, Side::up_B, p.r, p.N, blocks.start(m), product.tiles);
 
     const auto pack_and_down = [&](int64_t t, int thread) {
       const int rows = static_cast<int>(product.tiles.size(t));
       const int64_t row = blocks.start(m) + product.tiles.start(t);
       float* tile = left + t * steps.left;
       if (product.left || !own_tile) pack_left(k, arithmetic, p.x, p.M, row, p.K, Mask{}, tile);
+      if (mixed) return rows_of->down(t, p, own + thread * own_size, tail_left);
       each_f32_tile(k, rows, [&](int64_t first, int rows_here) {
         if (own_tile) {
           tile = own + thread * own_size;
@@ -118,12 +123,18 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
   const int64_t words = p.dropout.threshold ? mask_words(p.K) : 0;
   const Parts tiles(p.M, std::min(kDotRows, k.lanes / 2));  // two rows of the weight at a time: each load of x serves both
 
+  const bool mixed = p.mixed.ids;
+  const int64_t own_size = mixed ? MixedRows::forward_size(k, p) : 0;
+
   Workspace workspace;
-  const UpPanels b(k, p.r, p.N, workspace);
+  const UpPanels b(k, mixed ? 0 : p.r, p.N, workspace);
   float* left = workspace.floats((p.M + kDotRows) * stride);  // rows that `dot` rounds up to are read, not used
-  float* dropped = same ? left : workspace.floats((p.M + kDotRows) * stride);
+  float* dropped = same || mixed ? left : workspace.floats((p.M + kDotRows) * stride);
   uint32_t* bits = workspace.words(p.M * words);
-  float* tail_left = workspace.floats(tiles.count * p.r * k.lanes);
+  float* tail_left = workspace.floats((mixed ? p.M : tiles.count) * p.r * k.lanes);
+  float* own = workspace.floats(own_size * threads);
+  std::optional<const MixedRows> rows_of;
+  if (mixed) rows_of.emplace(k, p.mixed, Side::up_B, p.r, p.N, 0, tiles);
   std::optional<const Strips> strips;
   if (in_strips) strips.emplace(k, p, threads, workspace);
   const int64_t panels = ceil_div(p.N, k.panel()), r_panels = ceil_div(p.r, k.panel());
@@ -140,7 +151,7 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
     } else {
       k.dot_order(row, p.K, mask, p.weight.dtype, left + i * stride);
     }
-    if (same) return;
+    if (same || mixed) return;
     if (words) {
       k.dropout_mask(p.dropout, i, p.K, bits + i * words);
       mask = Mask{bits + i * words, words};
@@ -167,7 +178,11 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int rows = static_cast<int>(tiles.size(t));
       alignas(64) float c[kMaxTile];
-      b.multiply(tail_left + t * p.r * k.lanes, rows, panel, c);
+      if (mixed) {
+        rows_of->multiply(t, tail_left, rows, col, c);
+      } else {
+        b.multiply(tail_left + t * p.r * k.lanes, rows, panel, c);
+      }
       if (strips) strips->add(products, tiles.start(t), rows, cols, c);
       for (int64_t k0 = 0; k0 < p.K && !strips; k0 += k_block) {
         const float* x = left + tiles.start(t) * stride + k0;
@@ -182,15 +197,17 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
     }
   };
 
-  Tasks prepare(p.M + b.tasks() + (strips ? strips->tasks() : 0)), downs(tiles.count * r_panels), products(panels);
+  const int64_t pieces = mixed ? tiles.count : tiles.count * r_panels;
+  Tasks prepare(p.M + (mixed ? 0 : b.tasks()) + (strips ? strips->tasks() : 0)), downs(pieces), products(panels);
   parallel(threads, [&](int thread) {
     prepare.run([&](int64_t t) {
       if (t < p.M) return order(t);
       t -= p.M;
-      t < b.tasks() ? b.pack(transposed(p.lora_B), t) : strips->pack_x(t - b.tasks());
+      if (!mixed && t < b.tasks()) return b.pack(transposed(p.lora_B), t);
+      strips->pack_x(mixed ? t : t - b.tasks());
     });
     sync();
-    downs.run(down);
+    downs.run([&](int64_t task) { mixed ? rows_of->down(task, p, own + thread * own_size, tail_left) : down(task); });
     sync();
     products.run([&](int64_t panel) { product(panel, thread); });
   });

@@ -1,15 +1,23 @@
 """LoRA in a whole model: the configuration, and the replacement of layers."""
 
 from .config import LoraConfig
+from .files import load_adapter, save_adapter
 from .injection import Injection, add_lora, lora_layers, lora_parameters, merge_lora, remove_lora, unmerge_lora
+from .switching import add_adapter, delete_adapter, disable_adapter, set_adapter
 
 __all__ = [
     "Injection",
     "LoraConfig",
+    "add_adapter",
     "add_lora",
+    "delete_adapter",
+    "disable_adapter",
+    "load_adapter",
     "lora_layers",
     "lora_parameters",
     "merge_lora",
     "remove_lora",
+    "save_adapter",
+    "set_adapter",
     "unmerge_lora",
 ]

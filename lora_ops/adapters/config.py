@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ..nn.linear import check_adapter
+from ..nn.adapter import check_adapter
 
 Targets = Iterable[str] | str | None
 

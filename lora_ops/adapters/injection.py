@@ -8,7 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..nn.linear import FusedLoraLinear, check_adapter_name, is_conv1d
+from ..nn.adapter import check_adapter_name
+from ..nn.linear import FusedLoraLinear, is_conv1d
 from ..nn.quantized import check_quant, is_linear4bit
 from ..quant import NF4Weight
 from .config import LoraConfig
@@ -212,7 +213,7 @@ def _check_no_adapter(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, FusedLoraLinear):
             raise ValueError(
-                f'model already has LoRA: adapter "{module.active_adapter}" in {name or "model"}. '
+                f"model already has LoRA: {module._active()} in {name or 'model'}. "
                 "Call remove_lora(model) first; the model was left untouched"
             )
         if hasattr(module, "base_layer") and type(module).__module__.startswith("peft."):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..nn.linear import is_conv1d
+from ..nn.linear import FusedLoraLinear, is_conv1d
 from ..nn.quantized import is_linear4bit
 from .config import LoraConfig, Targets, is_all_linear, matches_pattern, matches_targets
 
@@ -46,7 +46,7 @@ def targeted_modules(model: nn.Module, config: LoraConfig) -> dict[nn.Module, st
         ValueError: there are none.
     """
     modules = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if name]
-    linears = {m for _, m in modules if isinstance(m, nn.Linear) or is_conv1d(m)}
+    linears = {m for _, m in modules if isinstance(m, nn.Linear | FusedLoraLinear) or is_conv1d(m)}
     has = f"The model has linear layers such as {some(name for name, m in modules if m in linears)}"
     wanted = config.target_modules or _default_targets(model)
     if wanted is None:

@@ -145,7 +145,7 @@ def backward(
     need_dS = need_dx or need_dA
     dS = g.new_empty((M, r) if need_dS else 0, dtype=torch.float32)
     dA, dB = A.new_empty(A.shape if need_dA else 0), B.new_empty(B.shape if need_dB else 0)
-    dbias = g.new_empty(N if need_dbias else 0)
+    dbias = g.new_empty(N if need_dbias else 0, dtype=torch.float32)
     if need_dS or need_dB or need_dbias:
         _with_workspace(
             target, "lora_backward_up", dy.device,

@@ -1,6 +1,5 @@
 """FusedLoraLinear: the state of a frozen linear layer and its adapter. No arithmetic of its own."""
 
-import math
 from typing import Any
 
 import torch
@@ -10,15 +9,18 @@ from torch import Tensor, nn
 from ..functional import lora_linear, qlora_linear
 from ..ops import pack_weight
 from ..quant import NF4Weight
+from .adapter import NamedAdapters, check_adapter, check_adapter_name
 from .quantized import applied, check_quant, is_linear4bit, linear_4bit, loaded, quantised, requantise, split_state
 
 
-class FusedLoraLinear(nn.Module):
+class FusedLoraLinear(NamedAdapters):
     """Drop-in for `nn.Linear` with a trainable low-rank update: y = x W0ᵀ + scaling · (drop(x) Aᵀ) Bᵀ + bias.
 
     Parameters: `weight` (N, K) and `bias` (N,), frozen; `lora_A[name]` (r, K) and `lora_B[name]` (N, r), trainable, keyed by
-    the adapter's name, "default" first. Operator, dtypes and numerics: `lora_ops.lora_linear`. With a weight in 4 bits (see
-    `from_linear`) `weight` is an `NF4Weight` and no parameter: `lora_ops.qlora_linear`.
+    the adapter's name, "default" first. `add_adapter`, `set_adapter`, `delete_adapter` and `disable_adapters` are those of
+    PEFT's layers; several active adapters are one call of their ranks together, unless they draw masks of dropout. Operator,
+    dtypes and numerics: `lora_ops.lora_linear`. With a weight in 4 bits (see `from_linear`) `weight` is an `NF4Weight` and no
+    parameter: `lora_ops.qlora_linear`.
 
     Args:
         in_features, out_features: K and N.
@@ -60,6 +62,7 @@ class FusedLoraLinear(nn.Module):
         linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._setup(linear.weight, linear.bias, prepack)
         self._new_adapter("default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        self.active_adapters = ["default"]
 
     @classmethod
     def from_linear(
@@ -109,6 +112,7 @@ class FusedLoraLinear(nn.Module):
         module._setup(weight, bias, prepack)
         module.fan_in_fan_out = is_conv1d(linear) and isinstance(weight, Tensor)
         module._new_adapter(adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        module.active_adapters = [adapter_name]
         module.train(linear.training)
         return module
 
@@ -123,14 +127,7 @@ class FusedLoraLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.weight = weight if isinstance(weight, NF4Weight) else weight.requires_grad_(False)
         self.bias = None if bias is None else bias.requires_grad_(False)
-        self.lora_A = nn.ParameterDict()
-        self.lora_B = nn.ParameterDict()
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.lora_dropout: dict[str, float] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.scaling: dict[str, float] = {}
-        self.active_adapter = "default"
+        self._setup_adapters()
         self.prepack = prepack
         self.fan_in_fan_out = False  # whether the state dict holds weight as (K, N), as Conv1D does
         self._panels: Tensor | None = None
@@ -139,62 +136,31 @@ class FusedLoraLinear(nn.Module):
         self.unmerged_weight = None
         self.merge_error = None
 
-    def _new_adapter(
-        self,
-        name: str,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        use_rslora: bool,
-        init_lora_weights: bool | str,
-        adapter_dtype: torch.dtype | None,
-    ) -> None:
-        half = self.weight.dtype in (torch.bfloat16, torch.float16)
-        dtype = adapter_dtype or (torch.float32 if half else self.weight.dtype)
-        device = self.weight.device
-        A = torch.empty((r, self.in_features), dtype=dtype, device=device)
-        B = torch.empty((self.out_features, r), dtype=dtype, device=device)
-        self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
-        self.r[name], self.lora_alpha[name], self.lora_dropout[name] = r, lora_alpha, lora_dropout
-        self.use_rslora[name] = use_rslora
-        self.scaling[name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self.active_adapter = name
-        self.reset_lora_parameters(name, init_lora_weights)
-
-    @torch.no_grad()
-    def reset_lora_parameters(self, adapter_name: str = "default", init_lora_weights: bool | str = True) -> None:
-        """Initialises A and B anew (see `init_lora_weights` above)."""
-        A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
-        if A.is_meta:
-            return
-        if init_lora_weights == "gaussian":
-            nn.init.normal_(A, std=1 / self.r[adapter_name])
-        else:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        if init_lora_weights is False:
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(B)
-
     @property
     def merged(self) -> bool:
         """Whether `weight` holds W0 + scaling · B A at present."""
         return self.unmerged_weight is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, name = self.weight, self.active_adapter
-        if self.merged:
+        weight = self.weight
+        if self.merged or self.adapters_disabled or not self.active_adapters:
             return F.linear(x, weight, self.bias) if isinstance(weight, Tensor) else linear_4bit(x, weight, self.bias)
-        A, B = self.lora_A[name], self.lora_B[name]
+        together, apart = self._together_and_apart()
+        A, B, scaling = self._factors(together)
         options: dict[str, Any] = {
-            "scaling": self.scaling[name],
+            "scaling": scaling,
             "bias": self.bias,
-            "dropout_p": self.lora_dropout[name],
+            "dropout_p": self.lora_dropout[together[0]],
             "training": self.training,
         }
         if isinstance(weight, NF4Weight):
-            return qlora_linear(x, weight, A, B, **options)
-        return lora_linear(x, weight, A, B, **options, panels=self._packed(weight, x.dtype) if self.prepack else None)
+            y = qlora_linear(x, weight, A, B, **options)
+        else:
+            panels = self._packed(weight, x.dtype) if self.prepack else None
+            y = lora_linear(x, weight, A, B, **options, panels=panels)
+        for name in apart:
+            y = y + self._low_rank(x, name).to(y.dtype)
+        return y
 
     def _packed(self, w: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The kept panels, made anew when the weight's version or storage has changed. A compiled graph, which could not
@@ -223,15 +189,15 @@ class FusedLoraLinear(nn.Module):
 
     @torch.no_grad()
     def delta_weight(self, adapter_name: str | None = None) -> Tensor:
-        """scaling · B A, (N, K), in fp32 (fp64 for fp64 adapters)."""
-        name = adapter_name or self.active_adapter
-        A, B = self.lora_A[name], self.lora_B[name]
+        """scaling · B A, (N, K), in fp32 (fp64 for fp64 adapters), of an adapter, or the sum of those that are active."""
+        A, B, scaling = self._factors([adapter_name] if adapter_name else self.active_adapters)
         wide = torch.promote_types(A.dtype, torch.float32)
-        return self.scaling[name] * (B.to(wide) @ A.to(wide))
+        return scaling * (B.to(wide) @ A.to(wide))
 
     @torch.no_grad()
     def merge(self, to: torch.dtype | None = None) -> None:
-        """Replaces `weight` by W0 + scaling · B A, rounded once. W0 is kept aside: whoever shares it does not notice.
+        """Replaces `weight` by W0 + scaling · B A, rounded once, of all active adapters. W0 is kept aside: whoever shares it
+        does not notice.
 
         A 4-bit weight is dequantised for that, and quantised again in the same format, which costs as much as the first time:
         `merge_error` then holds |W - (W0 + ΔW)| / |W0 + ΔW|, Frobenius, about 0.09 for NF4 in blocks of 64.
@@ -241,12 +207,14 @@ class FusedLoraLinear(nn.Module):
                 the dtype or the 4-bit format that the weight has.
 
         Raises:
-            RuntimeError: already merged.
+            RuntimeError: already merged, or no adapter is active.
             ValueError: the merged weight would not be finite.
             TypeError: another dtype.
         """
         if self.merged:
-            raise RuntimeError(f'adapter "{self.active_adapter}" is merged already; call unmerge() first')
+            raise RuntimeError(f"{self._active()} is merged already; call unmerge() first")
+        if not self.active_adapters:
+            raise RuntimeError("no adapter is active: there is nothing to merge; call set_adapter() first")
         if to not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise TypeError(f"to must be float32, bfloat16, float16, float64 or None, got {to!r}")
         weight, delta = self.weight, self.delta_weight()
@@ -255,7 +223,7 @@ class FusedLoraLinear(nn.Module):
         if not requantised:
             merged = merged.to(to or weight.dtype)
         if not torch.isfinite(merged).all():
-            raise ValueError(f'adapter "{self.active_adapter}" gives a merged weight that is not finite; nothing was changed')
+            raise ValueError(f"{self._active()} gives a merged weight that is not finite; nothing was changed")
         if isinstance(weight, NF4Weight) and requantised:
             self.weight, self.merge_error = requantise(weight, merged)
         else:
@@ -277,12 +245,11 @@ class FusedLoraLinear(nn.Module):
         self.unmerged_weight = self.merge_error = None
 
     def extra_repr(self) -> str:
-        name, weight = self.active_adapter, self.weight
+        weight = self.weight
         quant = f", quant={weight.quant_type!r}, blocksize={weight.blocksize}" if isinstance(weight, NF4Weight) else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"r={self.r[name]}, lora_alpha={self.lora_alpha[name]}, lora_dropout={self.lora_dropout[name]}"
-            f"{quant}{', merged' if self.merged else ''}"
+            f"{self._adapters_repr()}{quant}{', merged' if self.merged else ''}"
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -338,33 +305,3 @@ def _weight_of(linear: nn.Module) -> tuple[Tensor | NF4Weight, Tensor | None]:
 def is_conv1d(module: nn.Module) -> bool:
     """Whether the module is transformers' Conv1D, which need not be installed."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def check_adapter(
-    r: int,
-    lora_alpha: float,
-    lora_dropout: float = 0.0,
-    init_lora_weights: bool | str = True,
-    adapter_dtype: torch.dtype | None = None,
-) -> None:
-    """Raises ValueError or TypeError naming the argument that does not fit, what it is and what it may be."""
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise ValueError(f"r must be an integer >= 1, got {r!r}")
-    if not isinstance(lora_alpha, int | float) or not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
-    if not isinstance(lora_dropout, int | float) or not 0.0 <= lora_dropout < 1.0:
-        raise ValueError(f"lora_dropout must be a number in [0, 1), got {lora_dropout!r}")
-    if init_lora_weights not in (True, False, "gaussian"):
-        raise ValueError(f'init_lora_weights must be True, False or "gaussian", got {init_lora_weights!r}')
-    if adapter_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"adapter_dtype must be float32, bfloat16, float16, float64 or None, got {adapter_dtype!r}")
-
-
-def check_adapter_name(adapter_name: str) -> None:
-    """Raises ValueError for what cannot be a key of an nn.ParameterDict."""
-    taken = isinstance(adapter_name, str) and hasattr(nn.ParameterDict(), adapter_name)
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or taken:
-        raise ValueError(
-            "adapter_name must be a non-empty string without a dot that is no attribute of nn.ParameterDict, "
-            f"got {adapter_name!r}"
-        )

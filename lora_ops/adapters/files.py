@@ -1,0 +1,268 @@
+"""Adapters in PEFT's files: adapter_config.json and adapter_model.safetensors, written and read without PEFT.
+
+base_model.model.<module>.lora_A.weight (r, K)       base_model.model.<module>.lora_B.weight (N, r)
+base_model.model.<module>.base_layer.bias (N,)       where LoraConfig.bias is not "none"
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..nn.linear import FusedLoraLinear, is_conv1d
+from .config import LoraConfig
+from .injection import Injection, add_lora, lora_layers
+from .switching import add_adapter
+from .targets import targeted_modules
+
+Model = TypeVar("Model", bound=nn.Module)
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# What PEFT 0.21 writes of features that are not used. Another value of one of them is another forward, and is refused.
+_UNUSED: dict[str, Any] = {
+    "alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None, "layer_replication": None,
+    "layers_pattern": None, "layers_to_transform": None, "lora_bias": False, "megatron_config": None, "modules_to_save": None,
+    "monteclora_config": None, "target_parameters": None, "trainable_token_indices": None, "use_bdlora": None,
+    "use_dora": False, "use_qalora": False, "velora_config": None,
+}  # fmt: skip
+# What says nothing of the forward of a finished adapter.
+_NOTES: dict[str, Any] = {
+    "auto_mapping": None, "base_model_name_or_path": None, "corda_config": None, "ensure_weight_tying": False,
+    "eva_config": None, "fan_in_fan_out": False, "inference_mode": True, "loftq_config": {}, "lora_ga_config": None,
+    "megatron_core": "megatron.core", "peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16,
+    "revision": None, "task_type": None,
+}  # fmt: skip
+_OURS = (
+    "r", "target_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora", "exclude_modules", "init_lora_weights",
+    "rank_pattern", "alpha_pattern",
+)  # fmt: skip
+_KEPT_BASE = (True, False, "gaussian", "eva", "orthogonal")  # initialisations that leave W0 as it is
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> Path:
+    """Writes an adapter of the model as PEFT's `save_pretrained` does; `PeftModel.from_pretrained` reads it.
+
+    Dtypes are kept. Both files are written beside the old ones and take their names at the end: what goes wrong before leaves
+    the directory as it was.
+
+    Args:
+        model: what `add_lora` was called with.
+        directory: is made where it does not exist. An adapter that is not "default" goes to a folder of its name in it.
+
+    Returns:
+        The folder of the two files.
+
+    Raises:
+        ValueError: no layer has an adapter of that name, or its layers differ in what a configuration has once for all.
+        OSError: the files cannot be written.
+    """
+    layers = {name: layer for name, layer in lora_layers(model) if adapter_name in layer.lora_A}
+    if not layers:
+        raise ValueError(f"adapter_name must be an adapter of the model's LoRA layers, got {adapter_name!r}")
+    config = _NOTES | _UNUSED | _configuration(model, layers, adapter_name)
+    config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter_name]
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter_name]
+    tensors |= {f"{_PREFIX}{name}": t for name, t in _biases(model, layers, config["bias"]).items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+
+    folder = Path(directory) if adapter_name == "default" else Path(directory) / adapter_name
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2, sort_keys=True)
+    _replace(
+        {
+            folder / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+            folder / CONFIG: lambda path: path.write_text(text),
+        }
+    )
+    return folder
+
+
+def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: str = "default") -> Model:
+    """Reads an adapter that `save_adapter` or PEFT's `save_pretrained` wrote.
+
+    A model without LoRA layers gets them (`add_lora`), one with them a further adapter, or new numbers in the one of that
+    name. Dtypes are kept where the kernels take them beside the layer's weight; another half becomes fp32. Nothing but
+    safetensors is read.
+
+    Raises:
+        FileNotFoundError: one of the two files is not there.
+        ValueError: a file is damaged, uses a feature that is not supported, or does not fit the model; the first key or field
+            that is wrong is named. The model is as it was.
+    """
+    folder = Path(directory)
+    if not (folder / CONFIG).exists() and (folder / adapter_name / CONFIG).exists():
+        folder = folder / adapter_name
+    config, tensors = _read_config(folder / CONFIG), _read_tensors(folder / WEIGHTS)
+    layers = dict(lora_layers(model))
+    targets = {name: module for module, name in targeted_modules(model, config).items()}
+    biases = _biases(model, targets, config.bias)
+    _check_tensors(tensors, targets, config, biases, folder / WEIGHTS)
+    if layers and layers.keys() != targets.keys():
+        name = sorted(layers.keys() ^ targets.keys())[0]
+        raise ValueError(f"{folder / CONFIG}: target_modules and the model's LoRA layers differ in {name}")
+    for name, layer in layers.items():
+        if adapter_name in layer.lora_A and layer.r[adapter_name] != config.rank_of(name):
+            r = layer.r[adapter_name]
+            raise ValueError(
+                f'{name} has an adapter "{adapter_name}" of rank {r}, and {folder / CONFIG} says {config.rank_of(name)}: '
+                "delete_adapter() it first, or load it under another name"
+            )
+
+    dtype = _adapter_dtype(tensors, targets)
+    if not layers:
+        add_lora(model, config, adapter_name, adapter_dtype=dtype)
+    elif not all(adapter_name in layer.lora_A for layer in layers.values()):
+        add_adapter(model, config, adapter_name, adapter_dtype=dtype)
+    with torch.no_grad():
+        for name, layer in lora_layers(model):
+            layer.lora_A[adapter_name].copy_(tensors[f"{_PREFIX}{name}.lora_A.weight"])
+            layer.lora_B[adapter_name].copy_(tensors[f"{_PREFIX}{name}.lora_B.weight"])
+            layer.set_scaling(adapter_name, config.alpha_of(name), config.use_rslora)
+        for name, bias in _biases(model, dict(lora_layers(model)), config.bias).items():
+            bias.copy_(tensors[_PREFIX + name])
+    return model
+
+
+def _configuration(model: nn.Module, layers: Mapping[str, FusedLoraLinear], adapter_name: str) -> dict[str, Any]:
+    """What the layers are, as a configuration: the most common rank and lora_alpha, and a pattern for each other."""
+    found = {}
+    for field in ("lora_dropout", "use_rslora"):
+        values = {getattr(layer, field)[adapter_name] for layer in layers.values()}
+        if len(values) > 1:
+            raise ValueError(f'{field} must be the same in all layers of adapter "{adapter_name}", got {sorted(values)}')
+        (found[field],) = values
+    for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        of_layers = {name: getattr(layer, field)[adapter_name] for name, layer in layers.items()}
+        common = Counter(of_layers.values()).most_common(1)[0][0]
+        found[field] = common
+        found[pattern] = {re.escape(name): value for name, value in of_layers.items() if value != common}
+    injection: Injection | None = vars(model).get("lora_injection")
+    config = injection.config if injection is not None else LoraConfig()
+    short = isinstance(config.target_modules, list | tuple | set | frozenset) and not config.exclude_modules
+    return found | {
+        "target_modules": sorted(config.target_modules if short else layers),  # type: ignore[arg-type]
+        "exclude_modules": None,
+        "init_lora_weights": config.init_lora_weights,
+        "bias": config.bias,
+    }
+
+
+def _biases(model: nn.Module, layers: Mapping[str, nn.Module], bias: str) -> dict[str, nn.Parameter]:
+    """The biases that train, by their names in a PEFT model."""
+    if bias == "none":
+        return {}
+    found = {f"{name}.base_layer.bias": layer.bias for name, layer in layers.items() if layer.bias is not None}
+    if bias == "all":
+        own = {f"{name}.bias" for name in layers}
+        found |= {name: p for name, p in model.named_parameters() if name.endswith("bias") and name not in own}
+    return found  # type: ignore[return-value]
+
+
+def _replace(files: Mapping[Path, Callable[[Path], Any]]) -> None:
+    """Writes every file under another name; all take their names when the last one is written."""
+    written = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
+    try:
+        for path, write in files.items():
+            write(written[path])
+            with open(written[path], "rb") as f:
+                os.fsync(f.fileno())
+        for path, temporary in written.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in written.values():
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+
+
+def _read_config(path: Path) -> LoraConfig:
+    try:
+        fields = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(fields).__name__}")
+    if fields.get("peft_type") != "LORA":
+        raise ValueError(f'{path}: peft_type must be "LORA", got {fields.get("peft_type")!r}')
+    for field, value in fields.items():
+        known = field in _OURS or field in _NOTES
+        if not known and value != _UNUSED.get(field) and value not in (None, False, {}, []):
+            raise ValueError(f"{path}: {field} is {value!r}, which is not supported")
+    if not fields.get("target_modules"):
+        raise ValueError(f"{path}: target_modules must name modules, got {fields.get('target_modules')!r}")
+    init = fields.get("init_lora_weights", True)
+    if init not in _KEPT_BASE:
+        raise ValueError(
+            f"{path}: init_lora_weights is {init!r}, which changes the base weights; convert the adapter "
+            "(PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    chosen = {field: fields[field] for field in _OURS if field in fields}
+    chosen["init_lora_weights"] = init if init in (True, False, "gaussian") else True
+    try:
+        return LoraConfig(**chosen)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; only safetensors are read")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, RuntimeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _check_tensors(
+    tensors: Mapping[str, Tensor],
+    targets: Mapping[str, nn.Module],
+    config: LoraConfig,
+    biases: Mapping[str, nn.Parameter],
+    path: Path,
+) -> None:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in targets.items():
+        r, (N, K) = config.rank_of(name), _shape_of(module)
+        shapes[f"{_PREFIX}{name}.lora_A.weight"] = (r, K)
+        shapes[f"{_PREFIX}{name}.lora_B.weight"] = (N, r)
+    shapes |= {_PREFIX + name: tuple(p.shape) for name, p in biases.items()}
+    for key in sorted(shapes.keys() | tensors.keys()):
+        if key not in tensors:
+            raise ValueError(f"{path} lacks {key}")
+        if key not in shapes:
+            raise ValueError(f"{path} has {key}, which the model or the configuration has no place for")
+        t = tensors[key]
+        if tuple(t.shape) != shapes[key]:
+            raise ValueError(f"{path}: {key} must have shape {shapes[key]}, got {tuple(t.shape)}")
+        if not t.is_floating_point() or t.dtype.itemsize < 2:
+            raise ValueError(f"{path}: {key} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+        if not torch.isfinite(t).all():
+            raise ValueError(f"{path}: {key} has values that are not finite")
+
+
+def _shape_of(module: Any) -> tuple[int, int]:
+    return (module.nf, module.nx) if is_conv1d(module) else (module.out_features, module.in_features)
+
+
+def _adapter_dtype(tensors: Mapping[str, Tensor], targets: Mapping[str, nn.Module]) -> torch.dtype:
+    """The files' dtype where the kernels take it beside every weight, else fp32 (fp64 beside fp64)."""
+    dtypes = {t.dtype for name, t in tensors.items() if ".lora_" in name}
+    weights = {module.weight.dtype for module in targets.values()}  # uint8 is in 4 bits
+    (dtype,) = dtypes if len(dtypes) == 1 else {torch.float32}
+    beside_half = dtype == torch.float32 and torch.float64 not in weights
+    if beside_half or weights == {dtype}:
+        return dtype
+    return torch.float64 if torch.float64 in weights else torch.float32

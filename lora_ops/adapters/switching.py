@@ -1,0 +1,95 @@
+"""Several adapters in a model: added, made active, forgotten, layer by layer, in all layers or in none."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ..nn.adapter import check_adapter_name
+from .config import LoraConfig
+from .injection import lora_layers
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def add_adapter(model: Model, config: LoraConfig, adapter_name: str, *, adapter_dtype: torch.dtype | None = None) -> Model:
+    """A second adapter, or a further one, in the layers that `add_lora` made. Not active before `set_adapter`.
+
+    Every layer gets it, with the rank, lora_alpha, dropout and initialisation that the configuration has for the layer;
+    `target_modules` and `bias` are not looked at.
+
+    Raises:
+        ValueError: the model has no LoRA layers, or has an adapter of that name. It is left untouched.
+    """
+    layers = _layers(model)
+    check_adapter_name(adapter_name)
+    taken = [name for name, layer in layers.items() if adapter_name in layer.lora_A]
+    if taken:
+        raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}, which {taken[0]} has already")
+    for name, layer in layers.items():
+        layer.add_adapter(
+            adapter_name,
+            config.rank_of(name),
+            lora_alpha=config.alpha_of(name),
+            lora_dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            init_lora_weights=config.init_lora_weights,
+            adapter_dtype=adapter_dtype,
+        )
+    return model
+
+
+def set_adapter(model: Model, adapter_name: str | Sequence[str]) -> Model:
+    """Makes an adapter, or several together, the active one of every layer. They alone train.
+
+    Raises:
+        ValueError: a layer has no adapter of that name; none is changed.
+        RuntimeError: a layer is merged; none is changed.
+    """
+    layers = _layers(model)
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    for layer in layers.values():
+        layer._check_names(names)
+        layer._check_not_merged("set_adapter")
+    for layer in layers.values():
+        layer.set_adapter(names)
+    return model
+
+
+def delete_adapter(model: Model, adapter_name: str) -> Model:
+    """Forgets an adapter in every layer.
+
+    Raises:
+        ValueError: a layer has no adapter of that name; none is changed.
+        RuntimeError: a layer is merged; none is changed.
+    """
+    layers = _layers(model)
+    for layer in layers.values():
+        layer._check_names([adapter_name])
+        layer._check_not_merged("delete_adapter")
+    for layer in layers.values():
+        layer.delete_adapter(adapter_name)
+    return model
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """`with disable_adapter(model):` the frozen model, in which what is merged stays merged."""
+    layers = _layers(model).values()
+    before = [layer.adapters_disabled for layer in layers]
+    for layer in layers:
+        layer.disable_adapters()
+    try:
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer.adapters_disabled = disabled
+
+
+def _layers(model: nn.Module):  # type: ignore[no-untyped-def]
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise ValueError("model has no layer with LoRA; see add_lora")
+    return layers

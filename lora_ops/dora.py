@@ -1,0 +1,159 @@
+"""DoRA: a layer whose rows keep their direction from W0 + ΔW and have lengths of their own."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import functional
+from .qlora_ops import weight_of
+from .quant import NF4Weight
+
+_ROWS = 512  # of the weight, widened at a time
+
+
+def row_norms(weight: Tensor | NF4Weight) -> Tensor:
+    """‖W0‖² of every row, (N,), in fp32 (fp64 for fp64). W0 is frozen: whoever calls `dora_linear` often may keep it."""
+    return torch.cat([rows.square().sum(1) for rows in _wide_rows(weight)])
+
+
+@torch.no_grad()
+def weight_norm(
+    weight: Tensor | NF4Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    base: Tensor | None = None,
+) -> Tensor:
+    """‖W0 + scaling · B A‖ of every row, (N,), without W0 + B A:
+
+        n² = ‖W0‖² + 2 scaling · Σ_r (W0 Aᵀ ∘ B) + scaling² · Σ_r (B (A Aᵀ) ∘ B)
+
+    The three terms are summed in fp32 (fp64 for fp64). Where they cancel, which takes a ΔW about as large as W0 and against
+    it, n loses as many digits as the sum does.
+
+    Args:
+        weight: W0, (N, K), dense or in 4 bits.
+        lora_A, lora_B, scaling: (r, K), (N, r), a number.
+        base: `row_norms(weight)`, where it is known.
+    """
+    base = row_norms(weight) if base is None else base
+    A, B = lora_A.to(base.dtype), lora_B.to(base.dtype)
+    with_A = torch.cat([rows @ A.T for rows in _wide_rows(weight)])
+    squares = base + scaling * ((2 * with_A + scaling * (B @ (A @ A.T))) * B).sum(1)
+    return squares.clamp_min(0).sqrt()
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    *,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    base: Tensor | None = None,
+) -> Tensor:
+    """y = c ∘ (x W0ᵀ + scaling · (x Aᵀ) Bᵀ) + bias with c = magnitude / ‖W0 + scaling · B A‖, a length for every row.
+
+    DoRA: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024 (https://arxiv.org/abs/2402.09353). As in its
+    section 4.3 the norm is a constant of the backward. Neither ΔW nor W0 + ΔW is formed: `weight_norm`. Kept for the
+    backward: x, S and, in fp32, y before c.
+
+    With dropout, x̃ = drop(x) takes x's place in everything that training changes, as in PEFT:
+
+        y = x W0ᵀ + (c - 1) ∘ x̃ W0ᵀ + c ∘ scaling · (x̃ Aᵀ) Bᵀ + bias
+
+    as (x - x̃) W0ᵀ and the rest, two products with W0.
+
+    Args:
+        x, weight, lora_A, lora_B, scaling, bias, dropout_p, training: as in `lora_linear`, or with a weight in 4 bits as in
+            `qlora_linear`. The mask is drawn by `torch.Tensor.bernoulli_`.
+        magnitude: (N,), trainable. ‖W0 + scaling · B A‖ at the start of training, so that the layer starts as W0.
+        base: `row_norms(weight)`, where it is known.
+
+    Returns:
+        (..., N), in the dtype that `lora_linear` gives.
+
+    Raises:
+        ValueError, TypeError: as `lora_linear`; a magnitude of another shape.
+    """
+    N = lora_B.shape[0]
+    if magnitude.shape != (N,):
+        raise ValueError(f"magnitude must be (N,) = ({N},) as in lora_B {tuple(lora_B.shape)}, got {tuple(magnitude.shape)}")
+    c = magnitude / weight_norm(weight, lora_A, lora_B, scaling, base).to(magnitude.dtype)
+    dtype = functional.autocast_dtype(x)
+    if dtype is not None and isinstance(weight, Tensor) and weight.dtype not in (dtype, torch.float32):
+        weight = weight.to(dtype)
+    x, lora_A, lora_B, bias = functional.autocast(dtype, x, lora_A, lora_B, bias)
+    mask = None
+    if training and dropout_p != 0.0:
+        mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout_p)
+    arguments = (weight,) if isinstance(weight, Tensor) else weight_of(weight)
+    return _Scaled.apply(x, lora_A, lora_B, c, bias, mask, float(dropout_p), float(scaling), *arguments)
+
+
+class _Scaled(torch.autograd.Function):
+    """c ∘ (x W0ᵀ + scaling · (x Aᵀ) Bᵀ) + bias, with a mask the form above. In the backward c goes into B for the adapter's
+    gradients, which are fp32's often: dy ∘ c has x's dtype, as the gradient of a frozen layer's output does.
+
+    x̃ = mask ∘ x / (1 - p) is multiplied as mask ∘ x, which no dtype rounds, and c takes the factor.
+    """
+
+    @staticmethod
+    def forward(ctx, x, lora_A, lora_B, c, bias, mask, p, scaling, *weight):  # type: ignore[no-untyped-def]
+        ops = torch.ops.lora_ops
+        forward = ops.lora_forward_wide if len(weight) == 1 else ops.qlora_forward_wide
+        kept = x if mask is None else x * mask
+        y, S = forward(kept, *weight, lora_A, lora_B, scaling)
+        ctx.save_for_backward(kept, lora_A, lora_B, c, y, S, mask, *(t if isinstance(t, Tensor) else None for t in weight))
+        ctx.plain = [None if isinstance(t, Tensor) else t for t in weight]
+        ctx.p, ctx.scaling, ctx.bias_dtype = p, scaling, None if bias is None else bias.dtype
+        if mask is None:
+            scaled = y * c
+        else:
+            hidden, _ = forward(x - kept / (1 - p), *weight, *_nothing(lora_A, lora_B), 1.0)
+            scaled = y * (c / (1 - p)) + hidden
+        return (scaled if bias is None else scaled + bias).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        kept, lora_A, lora_B, c, y, S, mask, *tensors = ctx.saved_tensors
+        weight = [plain if t is None else t for t, plain in zip(tensors, ctx.plain, strict=True)]
+        need_x, need_A, need_B, need_c, need_bias, *_ = ctx.needs_input_grad
+        backward = torch.ops.lora_ops.lora_backward if len(weight) == 1 else torch.ops.lora_ops.qlora_backward
+        factor = 1.0 if mask is None else 1 / (1 - ctx.p)
+        dx = dA = dB = dc = dbias = None
+        if need_x:
+            only_dx = (None, None, ctx.scaling, 0.0, True, False, False, False)
+            dx = backward((dy * (factor * c)).to(dy.dtype), None, *weight, lora_A, lora_B, *only_dx)[0]
+            if mask is not None:
+                of_hidden = backward(dy, None, *weight, *_nothing(lora_A, lora_B), *only_dx)[0]
+                dx = (of_hidden + mask * (dx.to(c.dtype) - factor * of_hidden.to(c.dtype))).to(dx.dtype)
+        if need_A or need_B:
+            with_c = (lora_B * (factor * c)[:, None]).to(lora_B.dtype)
+            _, dA, dB, _ = backward(dy, kept, *weight, lora_A, with_c, S, None, ctx.scaling, 0.0, False, need_A, need_B, False)
+            dA, dB = dA if need_A else None, (dB * (factor * c)[:, None]).to(lora_B.dtype) if need_B else None
+        over = tuple(range(dy.dim() - 1))
+        if need_c:
+            dc = (dy * y).sum(over) * factor
+        if need_bias:
+            dbias = dy.sum(over, dtype=c.dtype).to(ctx.bias_dtype)
+        return (dx, dA, dB, dc, dbias, *[None] * (3 + len(weight)))
+
+
+def _nothing(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """An adapter that adds nothing."""
+    return torch.zeros_like(lora_A[:1]), torch.zeros_like(lora_B[:, :1])
+
+
+def _wide_rows(weight: Tensor | NF4Weight) -> Iterator[Tensor]:
+    """W0's rows in fp32 (fp64 for fp64), some at a time."""
+    if isinstance(weight, NF4Weight):
+        yield from (piece for _, piece in weight_of(weight).pieces(weight.shape[1], torch.float32))
+    else:
+        for rows in weight.detach().split(_ROWS):
+            yield rows.to(torch.promote_types(weight.dtype, torch.float32))

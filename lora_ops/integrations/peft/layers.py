@@ -1,0 +1,218 @@
+"""PEFT's LoRA layers with a fused forward: all state, and whatever is not fused, stays PEFT's."""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as peft_layer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+
+from ...dora import dora_linear, row_norms
+from ...functional import lora_linear, qlora_linear
+from ...multi import AdapterBank, multi_lora_linear
+from ...nn.linear import is_conv1d
+from ...nn.quantized import is_linear4bit
+from ...quant import NF4Weight
+from ...stacking import stack
+
+Layer = Any  # a LoraLayer of PEFT's that is a module, which its types do not say
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Fused:
+    """Before a layer of PEFT's in the order of its bases."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and _takes(self, x):
+            if not kwargs and why_not(self) is None:
+                return fused_forward(self, x)
+            if kwargs.keys() == {"adapter_names"} and why_not_mixed(self, kwargs["adapter_names"]) is None:
+                return mixed_forward(self, x, kwargs["adapter_names"])
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+
+class FusedLinear(Fused, peft_layer.Linear):
+    """PEFT's `lora.Linear` over an `nn.Linear` or a transformers `Conv1D`."""
+
+    def _get_name(self) -> str:  # PEFT tells layers apart by it
+        return "Linear"
+
+
+def why_not(layer: Layer) -> str | None:
+    """Why a layer's forward is PEFT's own, or None if it is fused."""
+    if layer.disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged:
+        return "its adapters are merged"
+    names = active(layer)
+    if not names:
+        return "no adapter of it is active"
+    if not getattr(layer, "cast_input_dtype_enabled", True):
+        return "the cast of its input is disabled"
+    base = layer.base_layer
+    if why := _of_base(base):
+        return why
+    for name in names:
+        if why := _of_adapter(layer, name):
+            return f'adapter "{name}": {why}'
+    if len(names) > 1 and any(name in layer.lora_variant for name in names):
+        return "DoRA beside another active adapter"
+    return None
+
+
+def why_not_mixed(layer: Layer, adapter_names: list[str] | None) -> str | None:
+    """Why a batch whose rows have adapters of their own goes to PEFT's forward, or None."""
+    if adapter_names is None or layer.disable_adapters or layer.merged or layer.training:
+        return "it is in training, or its adapters are disabled or merged"
+    names = [name for name in dict.fromkeys(adapter_names) if name in layer.lora_A]
+    if len({layer.lora_A[name].weight.dtype for name in names}) > 1:
+        return "its adapters have several dtypes"
+    for name in names:
+        variant, scaling = layer.lora_variant.get(name), layer.scaling[name]
+        if variant is not None or layer.lora_B[name].bias is not None or isinstance(scaling, Tensor):
+            return f'adapter "{name}" is DoRA, or has a bias of B, or a tensor as scaling'
+        if why := _of_adapter(layer, name):
+            return why
+    return _of_base(layer.base_layer)
+
+
+def active(layer: Layer) -> list[str]:
+    """The active adapters that the layer has."""
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling the module does what its class's forward does, and nothing else."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in module.__dict__ and not hasattr(module, "_hf_hook")
+
+
+def _is_plain_parameter(t: Any) -> bool:
+    return type(t) in (nn.Parameter, Tensor) and not t.is_meta
+
+
+def _of_base(base: Any) -> str | None:
+    if not _is_plain(base):
+        return "its base layer has hooks or another forward"
+    if is_linear4bit(base):
+        if getattr(base.weight.quant_state, "packing_format_for_cpu", False):
+            return "bitsandbytes has repacked its weight in a forward pass in eval mode"
+        return None
+    if type(base) is not nn.Linear and not is_conv1d(base):
+        return f"its base layer is a {type(base).__name__}"
+    if hasattr(base, "weight_fake_quantizer"):
+        return "its base layer is being quantised in training"
+    if not _is_plain_parameter(base.weight):
+        return f"its base weight is a {type(base.weight).__name__}" + (" on meta" if base.weight.is_meta else "")
+    if base.weight.dtype not in _DTYPES:
+        return f"its base weight is {base.weight.dtype}"
+    return "its base weight is trained" if base.weight.requires_grad else None
+
+
+def _of_adapter(layer: Layer, name: str) -> str | None:
+    A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    for factor in (A, B):
+        if type(factor) is not nn.Linear or not _is_plain(factor) or not _is_plain_parameter(factor.weight):
+            return f"its factors are {type(factor).__name__} of {type(getattr(factor, 'weight', None)).__name__}, or have hooks"
+        if factor.weight.dtype not in _DTYPES:
+            return f"its factors are {factor.weight.dtype}"
+    if type(dropout) not in (nn.Identity, nn.Dropout) or not _is_plain(dropout):
+        return f"its dropout is a {type(dropout).__name__}"
+    variant = layer.lora_variant.get(name)
+    if variant is not None and type(variant) is not DoraLinearVariant:
+        return f"it is a {type(variant).__name__.removesuffix('LinearVariant')}"
+    return "DoRA with a bias of B" if variant is not None and B.bias is not None else None
+
+
+def _takes(layer: Layer, x: Tensor) -> bool:
+    """Whether the base layer would take this x, and no tracer of TorchScript looks on."""
+    if x.dtype not in _DTYPES or torch.jit.is_tracing():
+        return False
+    weight = layer.base_layer.weight
+    return x.dtype == weight.dtype or is_linear4bit(layer.base_layer) or torch.is_autocast_enabled(x.device.type)
+
+
+def fused_forward(layer: Layer, x: Tensor) -> Tensor:
+    """What the layer's forward gives, for a layer of which `why_not` knows no reason against it.
+
+    A 4-bit layer works in x's dtype under autocast, too: that is what bitsandbytes' layers return.
+    """
+    if is_linear4bit(layer.base_layer) and torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return fused_forward(layer, x)
+    base, names = layer.base_layer, active(layer)
+    weight = quantised_weight(layer) if is_linear4bit(base) else base.weight.T if is_conv1d(base) else base.weight
+    linear: Any = qlora_linear if isinstance(weight, NF4Weight) else lora_linear
+    dropouts = [_p(layer, name) for name in names]
+    first = names if not any(dropouts) else names[:1]  # a mask of its own for every adapter
+    A, B, scaling = stack(
+        [layer.lora_A[name].weight for name in first],
+        [layer.lora_B[name].weight for name in first],
+        [layer.scaling[name] for name in first],
+    )
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if A.dtype not in (dtype, torch.float32):  # another half, or a half beside fp32
+        A, B = A.float(), B.float()
+    bias = _bias(layer, first)
+    options: dict[str, Any] = {"scaling": scaling, "bias": bias, "training": layer.training}
+    if names[0] in layer.lora_variant:
+        magnitude = layer.lora_magnitude_vector[names[0]].weight
+        return dora_linear(x, weight, A, B, magnitude, **options, dropout_p=dropouts[0], base=_row_norms(layer, weight))
+    y = linear(x, weight, A, B, **options, dropout_p=dropouts[0])
+    for name in names[len(first) :]:
+        A, B = layer.lora_A[name], layer.lora_B[name]
+        y = y + (B(A(layer.lora_dropout[name](x.to(A.weight.dtype)))) * layer.scaling[name]).to(y.dtype)
+    return y
+
+
+def mixed_forward(layer: Layer, x: Tensor, adapter_names: list[str]) -> Tensor:
+    """What the layer's forward gives where every row of x, or every sequence, has an adapter of its own."""
+    layer._check_forward_args(x, adapter_names=adapter_names)
+    base, bank = layer.base_layer, AdapterBank()
+    weight = quantised_weight(layer) if is_linear4bit(base) else base.weight.T if is_conv1d(base) else base.weight
+    for name in dict.fromkeys(adapter_names):
+        if name in layer.lora_A:
+            A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+            if A.dtype not in (x.dtype, torch.float32):
+                A, B = A.float(), B.float()
+            bank.add(name, A, B, layer.scaling[name])
+    ids = [name if name in bank else None for name in adapter_names]
+    return multi_lora_linear(x, weight, bank, ids, bias=base.bias)
+
+
+def _p(layer: Layer, name: str) -> float:
+    dropout = layer.lora_dropout[name]
+    return dropout.p if layer.training and isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def _bias(layer: Layer, names: list[str]) -> Tensor | None:
+    """The base layer's, and of every adapter with a bias of B that, times its scaling."""
+    bias: Tensor | None = layer.base_layer.bias
+    for name in names:
+        of_B = layer.lora_B[name].bias
+        if of_B is not None:
+            scaled = of_B.float() * layer.scaling[name]
+            bias = scaled if bias is None else bias + scaled
+    return bias
+
+
+def quantised_weight(layer: Layer) -> NF4Weight:
+    """The Linear4bit's weight as the kernels read it: a second copy of its codes, which lies beside the layer's state."""
+    weight = layer.base_layer.weight
+    state = (weight.data_ptr(), weight._version, id(weight.quant_state))
+    kept = layer.__dict__.get("_lora_ops_weight")
+    if kept is None or kept[0] != state:
+        kept = layer.__dict__["_lora_ops_weight"] = (state, NF4Weight.from_params4bit(weight), weight.quant_state)
+        layer.__dict__.pop("_lora_ops_norms", None)
+    return kept[1]
+
+
+def _row_norms(layer: Layer, weight: Tensor | NF4Weight) -> Tensor:
+    """`row_norms`, kept as long as the weight is the same."""
+    state = (id(weight),) if isinstance(weight, NF4Weight) else (weight.data_ptr(), weight._version, weight.dtype)
+    kept = layer.__dict__.get("_lora_ops_norms")
+    if torch.compiler.is_compiling():
+        return row_norms(weight)
+    if kept is None or kept[0] != state:
+        kept = layer.__dict__["_lora_ops_norms"] = (state, row_norms(weight))
+    return kept[1]

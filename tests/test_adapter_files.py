@@ -1,0 +1,245 @@
+"""Adapter files: PEFT reads what lora_ops writes, and the other way round; what is damaged is refused whole."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import lora_ops
+from lora_ops import LoraConfig
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+class Block(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(12, 20), nn.Linear(12, 20, bias=False), nn.Linear(20, 12)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x) * self.gate(x))
+
+
+def model_of(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Block(dtype), Block(dtype))
+
+
+OPTIONS = {
+    "lora": {},
+    "all linear": {"target_modules": "all-linear"},
+    "regex": {"target_modules": r".*\.(up|down)"},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"up": 2, r"1\.down": 7}, "alpha_pattern": {"down": 3}},
+    "excluded": {"exclude_modules": ["0.up"]},
+    "dropout": {"lora_dropout": 0.25},
+    "lora_only": {"bias": "lora_only"},
+    "all biases": {"bias": "all"},
+}
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+def options_of(options: dict) -> dict:
+    return {"r": 4, "lora_alpha": 6, "target_modules": ["up", "down"], "init_lora_weights": False, **options}
+
+
+def read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    return json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+
+
+def assert_same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+@every_option
+def test_from_peft_and_back(tmp_path: Path, options: dict) -> None:
+    theirs = peft.get_peft_model(model_of(), peft.LoraConfig(**options_of(options)))
+    for p in theirs.parameters():  # biases, too, where they train
+        if p.requires_grad:
+            p.data.normal_()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = lora_ops.load_adapter(model_of(), tmp_path / "theirs")
+    lora_ops.save_adapter(ours, tmp_path / "ours")
+    assert_same_tensors(read(tmp_path / "theirs")[1], read(tmp_path / "ours")[1])
+    again = peft.PeftModel.from_pretrained(model_of(), tmp_path / "ours")
+    state = {name: t for name, t in theirs.state_dict().items() if "lora_" in name or name.endswith("bias")}
+    after = again.state_dict()
+    assert all(torch.equal(after[name], t) for name, t in state.items())
+    scalings = [
+        [m.scaling["default"] for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)] for model in (theirs, again)
+    ]
+    assert scalings[0] == scalings[1] == [layer.scaling["default"] for _, layer in lora_ops.lora_layers(ours)]
+
+
+@every_option
+def test_to_peft_and_back(tmp_path: Path, options: dict) -> None:
+    ours = lora_ops.add_lora(model_of(), LoraConfig(**options_of(options)))
+    lora_ops.save_adapter(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(model_of(), tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same_tensors(read(tmp_path / "ours")[1], read(tmp_path / "theirs")[1])
+    again = lora_ops.load_adapter(model_of(), tmp_path / "theirs")
+    assert_same_tensors(dict(ours.state_dict()), dict(again.state_dict()))
+
+
+def test_configuration_has_peft_s_fields(tmp_path: Path) -> None:
+    peft.get_peft_model(model_of(), peft.LoraConfig(**options_of({}))).save_pretrained(tmp_path / "theirs")
+    lora_ops.save_adapter(lora_ops.add_lora(model_of(), LoraConfig(**options_of({}))), tmp_path / "ours")
+    theirs, ours = (read(tmp_path / name)[0] for name in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    differ = {field for field in theirs if theirs[field] != ours[field] and field != "target_modules"}
+    assert differ <= {"auto_mapping", "peft_version"}
+    assert sorted(theirs["target_modules"]) == ours["target_modules"]
+    header = (tmp_path / "ours" / WEIGHTS).read_bytes()[8:60]
+    assert b'"__metadata__":{"format":"pt"}' in header
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dtypes_are_kept(tmp_path: Path, dtype: torch.dtype) -> None:
+    ours = lora_ops.add_lora(model_of(dtype), LoraConfig(**options_of({})), adapter_dtype=dtype)
+    lora_ops.save_adapter(ours, tmp_path)
+    again = lora_ops.load_adapter(model_of(dtype), tmp_path)
+    assert_same_tensors(dict(ours.state_dict()), dict(again.state_dict()))
+    beside_fp32 = lora_ops.load_adapter(model_of(), tmp_path)
+    assert {p.dtype for p in lora_ops.lora_parameters(beside_fp32)} == {torch.float32}
+
+
+def test_conv1d(tmp_path: Path) -> None:
+    def gpt2() -> GPT2LMHeadModel:
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32, n_positions=16))
+
+    config = peft.LoraConfig(r=3, target_modules=["c_attn", "c_fc"], init_lora_weights=False, fan_in_fan_out=True)
+    theirs = peft.get_peft_model(gpt2(), config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    lora_ops.save_adapter(lora_ops.load_adapter(gpt2(), tmp_path / "theirs"), tmp_path / "ours")
+    assert_same_tensors(read(tmp_path / "theirs")[1], read(tmp_path / "ours")[1])
+
+
+def test_several_adapters(tmp_path: Path) -> None:
+    """Each in a folder of its own, added to a model, made active, given new numbers."""
+    model = lora_ops.add_lora(model_of(), LoraConfig(**options_of({})))
+    lora_ops.add_adapter(model, LoraConfig(**options_of({"r": 2})), "other")
+    assert lora_ops.save_adapter(model, tmp_path, "other") == tmp_path / "other"
+    fresh = lora_ops.add_lora(model_of(), LoraConfig(**options_of({})))
+    lora_ops.load_adapter(fresh, tmp_path, "other")
+    x = torch.randn(3, 12)
+    before = fresh(x)
+    for m in (model, fresh):
+        lora_ops.set_adapter(m, "other")
+    assert torch.equal(fresh(x), model(x))
+    assert not torch.equal(fresh(x), before)
+    for _, layer in lora_ops.lora_layers(model):
+        layer.lora_B["other"].data.neg_()
+    lora_ops.save_adapter(model, tmp_path, "other")
+    lora_ops.load_adapter(fresh, tmp_path, "other")
+    assert torch.equal(fresh(x), model(x))
+
+
+# --- what is damaged --------------------------------------------------------------------------------------------------
+
+
+def config_with(**fields) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(config | fields))
+
+    return change
+
+
+def tensors_with(change: Callable[[dict[str, Tensor]], None]) -> Callable[[Path], None]:
+    def changed(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return changed
+
+
+def bytes_of(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes())) and None
+
+
+KEY = "base_model.model.0.up.lora_A.weight"
+
+
+def put(key: str, t: Tensor) -> Callable[[Path], None]:
+    return tensors_with(lambda tensors: tensors.update({key: t}))
+
+
+DAMAGED = {
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), FileNotFoundError, WEIGHTS),
+    "no configuration": (lambda folder: (folder / CONFIG).unlink(), FileNotFoundError, CONFIG),
+    "weights cut short": (bytes_of(WEIGHTS, lambda b: b[:-5]), ValueError, "damaged"),
+    "weights cut in the header": (bytes_of(WEIGHTS, lambda b: b[:40]), ValueError, "damaged"),
+    "weights too long": (bytes_of(WEIGHTS, lambda b: b + b"1234"), ValueError, "damaged"),
+    "weights are nothing": (bytes_of(WEIGHTS, lambda b: b""), ValueError, "damaged"),
+    "weights are a pickle": (lambda folder: torch.save({}, folder / WEIGHTS), ValueError, "damaged"),
+    "header is not JSON": (bytes_of(WEIGHTS, lambda b: b[:8] + b"x" + b[9:]), ValueError, "damaged"),
+    "configuration cut short": (bytes_of(CONFIG, lambda b: b[:-9]), ValueError, "damaged"),
+    "configuration is not text": (bytes_of(CONFIG, lambda b: b"\xff\xfe" + b), ValueError, "damaged"),
+    "configuration is a list": (bytes_of(CONFIG, lambda b: b"[1]"), ValueError, "object"),
+    "another method": (config_with(peft_type="VERA"), ValueError, "peft_type"),
+    "no targets": (config_with(target_modules=None), ValueError, "target_modules"),
+    "rank is no number": (config_with(r="four"), ValueError, "r must be"),
+    "another rank": (config_with(r=5), ValueError, r"0\.down\.lora_A\.weight must have shape \(5, 20\), got \(4, 20\)"),
+    "scaling is not finite": (config_with(lora_alpha=float("nan")), ValueError, "lora_alpha"),
+    "DoRA": (config_with(use_dora=True), ValueError, "use_dora"),
+    "a later feature": (config_with(use_something_new=True), ValueError, "use_something_new"),
+    "experts": (config_with(target_parameters=["w"]), ValueError, "target_parameters"),
+    "base weights changed": (config_with(init_lora_weights="pissa"), ValueError, "init_lora_weights"),
+    "fewer targets": (config_with(target_modules=["up"]), ValueError, r"has .*0\.down\.lora_A\.weight"),
+    "more targets": (config_with(target_modules=["up", "down", "gate"]), ValueError, r"lacks .*0\.gate\.lora_A\.weight"),
+    "a tensor is missing": (tensors_with(lambda tensors: tensors.pop(KEY)), ValueError, f"lacks {KEY}"),
+    "a tensor too many": (put("base_model.model.2.up.lora_A.weight", torch.ones(4, 12)), ValueError, r"has .*2\.up"),
+    "another shape": (put(KEY, torch.ones(4, 13)), ValueError, r"0\.up\.lora_A\.weight must have shape \(4, 12\)"),
+    "integers": (put(KEY, torch.ones(4, 12, dtype=torch.int32)), ValueError, "int32"),
+    "NaN": (put(KEY, torch.full((4, 12), float("nan"))), ValueError, f"{KEY} has values that are not finite"),
+}
+
+
+@pytest.mark.parametrize("with_layers", [False, True], ids=["plain model", "model with LoRA"])
+@pytest.mark.parametrize(("damage", "kind", "words"), DAMAGED.values(), ids=DAMAGED)
+def test_what_is_damaged_is_refused_whole(
+    tmp_path: Path, damage: Callable[[Path], None], kind: type[Exception], words: str, with_layers: bool
+) -> None:
+    lora_ops.save_adapter(lora_ops.add_lora(model_of(), LoraConfig(**options_of({}))), tmp_path)
+    damage(tmp_path)
+    model = model_of()
+    if with_layers:
+        lora_ops.add_lora(model, LoraConfig(**options_of({})))
+    modules, state = list(model.modules()), copy.deepcopy(model.state_dict())
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(kind, match=words):
+        lora_ops.load_adapter(model, tmp_path)
+    assert list(model.modules()) == modules
+    assert_same_tensors(dict(model.state_dict()), dict(state))
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+
+
+def test_a_write_that_fails_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_ops.add_lora(model_of(), LoraConfig(**options_of({})))
+    lora_ops.save_adapter(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+    for _, layer in lora_ops.lora_layers(model):
+        layer.lora_B["default"].data.neg_()
+    with pytest.raises(OSError, match="No space left"):
+        lora_ops.save_adapter(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_adapter_that_is_not_there() -> None:
+    model = lora_ops.add_lora(model_of(), LoraConfig(**options_of({})))
+    with pytest.raises(ValueError, match=r"adapter_name must be an adapter .* got 'other'"):
+        lora_ops.save_adapter(model, "nowhere", "other")
+    assert not Path("nowhere").exists()
