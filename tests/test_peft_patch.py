@@ -168,9 +168,11 @@ def test_register_makes_fused_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counted(monkeypatch)
     model(tokens())
     assert len(calls) == 8
+    assert report(model).not_fused == {}
     conv1d = peft_layers.One(peft_layers.base_layer(Setting(Dtypes(F32, F32), kind="conv1d")))
     model = get_peft_model(conv1d, register(LoraConfig(r=2, target_modules=["layer"], fan_in_fan_out=True)))
-    assert type(model.base_model.model.layer) in (integration.layers.FusedLinear, integration.layers.peft_layer.Linear)
+    assert "not patched" in report(model).not_fused["base_model.model.layer"]
+    assert report(patch(model)).not_fused == {}
 
 
 def test_4bit_layers_keep_bitsandbytes_state() -> None:

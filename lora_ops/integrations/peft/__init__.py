@@ -16,7 +16,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
-from ...nn.linear import is_conv1d
 from .layers import Fused, FusedLinear, why_not
 
 __all__ = ["Report", "patch", "register", "report", "unpatch"]
@@ -71,18 +70,16 @@ def unpatch(model: Model) -> Model:
 
 
 def register(config: LoraConfig) -> LoraConfig:
-    """Has PEFT make fused layers where it makes LoRA layers from this configuration: `get_peft_model(model, register(config))`.
+    """Has PEFT make fused layers of `nn.Linear`: `get_peft_model(model, register(config))`.
 
-    PEFT does not save it: with `PeftModel.from_pretrained`, give it `config=register(...)`, or `patch` the model.
+    `Conv1D` and 4-bit layers become PEFT's own, which `patch` takes. PEFT does not save it: with
+    `PeftModel.from_pretrained`, give it `config=register(...)`, or `patch` the model.
     """
 
     def linear(target: nn.Module, adapter_name: str, *, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
         base = target.get_base_layer() if isinstance(target, LoraLayer) else target
-        if kwargs.get("parameter_name") is not None or not (type(base) is nn.Linear or is_conv1d(base)):
-            return None
-        if is_conv1d(base):
-            kwargs["is_target_conv_1d_layer"] = True
-            config.fan_in_fan_out = True
+        if kwargs.get("parameter_name") is not None or type(base) is not nn.Linear:
+            return None  # PEFT goes on to its own layers
         return FusedLinear(target, adapter_name, config=config, **kwargs)
 
     config._register_custom_module({nn.Linear: linear})  # type: ignore[dict-item]  # called, not subclassed
