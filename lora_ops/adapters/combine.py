@@ -216,11 +216,12 @@ class _Rule(NamedTuple):
 
 
 def _truncated_product(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """B A cut to rank r. With Aᵀ = Q_A R_A and B = Q_B R_B, its singular values are those of R_B R_Aᵀ."""
+    """B A cut to rank r. With Aᵀ = Q_A R_A and B = Q_B R_B, its right singular vectors are those of R_B R_Aᵀ, times Q_Aᵀ."""
     Q_A, R_A = torch.linalg.qr(A.T)
-    Q_B, R_B = torch.linalg.qr(B)
-    core_A, core_B = _truncated(R_B @ R_A.T, r)
-    return core_A @ Q_A.T, Q_B @ core_B
+    _, R_B = torch.linalg.qr(B, mode="r")
+    core, _ = _truncated(R_B @ R_A.T, r)
+    Vh = core @ Q_A.T
+    return Vh, B @ (A @ Vh.T)  # U S, nearer than from the singular values
 
 
 def _truncated(delta: Tensor, r: int) -> tuple[Tensor, Tensor]:

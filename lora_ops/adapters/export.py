@@ -18,9 +18,11 @@ def merge_and_unload(model: Model, to: torch.dtype | None = None) -> Model:
 
     A weight that `add_lora` quantised becomes a dense one in its dtype: the 4-bit values that the adapter was trained beside,
     plus ΔW, not quantised again. bitsandbytes' Linear4bit is one again, quantised again as `FusedLoraLinear.merge` says, or an
-    nn.Linear if `to` says of which dtype. What is merged already is taken as it is. Who shared a weight keeps W0: a transformers
-    model whose output layer is tied and had an adapter needs `config.tie_word_embeddings = False` before it is saved. A
-    FusedLoraLinear that the user placed stays, as in `remove_lora`.
+    nn.Linear if `to` says of which dtype. What is merged already is taken as it is. A FusedLoraLinear that the user placed
+    stays, as in `remove_lora`.
+
+    Who shared a weight keeps W0: a transformers model whose output layer is tied and had an adapter needs
+    `config.tie_word_embeddings = False` before it is saved.
 
     Args:
         model: what `add_lora` was called with, or what holds it.
