@@ -98,14 +98,11 @@ def wrong_by(adapter: Adapter, wanted: Tensor) -> float:
 # --- as PEFT ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("majority_sign_method", ["total", "frequency"])
-@pytest.mark.parametrize("method", OF_FACTORS)
+@pytest.mark.parametrize(("method", "n"), [("linear", 1), *((method, n) for method in OF_FACTORS for n in (2, 3))])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_factors_are_peft_s(method: str, majority_sign_method: str, n: int, dtype: torch.dtype) -> None:
     """Bit for bit, random numbers too. Weights of which PEFT's fp32 roots are exact, where the factors are fp64."""
-    if n == 1 and method != "linear":
-        pytest.skip("PEFT takes one adapter as linear")
     adapters = drawn((4,) * n, (2.0, 0.5, 0.125), dtype)
     weights = (0.7, 1.3, 0.4)[:n] if dtype == F32 else (0.5, 2.0, 0.5)[:n]
     how = options(method, density=0.3, majority_sign_method=majority_sign_method)
