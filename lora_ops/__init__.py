@@ -5,14 +5,18 @@ import torch  # noqa: F401  (before _C: the extension shares torch's OpenMP runt
 from . import reference
 from ._version import __version__
 from .adapters import (
+    Adapter,
     LoraConfig,
     add_adapter,
     add_lora,
+    add_weighted_adapter,
+    combine,
     delete_adapter,
     disable_adapter,
     load_adapter,
     lora_layers,
     lora_parameters,
+    merge_and_unload,
     merge_lora,
     remove_lora,
     save_adapter,
@@ -29,6 +33,7 @@ from .ops import pack_weight
 from .quant import NF4Weight, quantize_nf4
 
 __all__ = [
+    "Adapter",
     "AdapterBank",
     "FusedLoraLinear",
     "LoraConfig",
@@ -36,7 +41,9 @@ __all__ = [
     "__version__",
     "add_adapter",
     "add_lora",
+    "add_weighted_adapter",
     "build_info",
+    "combine",
     "delete_adapter",
     "disable_adapter",
     "dora_linear",
@@ -44,6 +51,7 @@ __all__ = [
     "lora_layers",
     "lora_linear",
     "lora_parameters",
+    "merge_and_unload",
     "merge_lora",
     "multi_lora_linear",
     "pack_weight",

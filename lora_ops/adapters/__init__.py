@@ -1,20 +1,26 @@
 """LoRA in a whole model: the configuration, and the replacement of layers."""
 
+from .combine import Adapter, add_weighted_adapter, combine
 from .config import LoraConfig
+from .export import merge_and_unload
 from .files import load_adapter, save_adapter
 from .injection import Injection, add_lora, lora_layers, lora_parameters, merge_lora, remove_lora, unmerge_lora
 from .switching import add_adapter, delete_adapter, disable_adapter, set_adapter
 
 __all__ = [
+    "Adapter",
     "Injection",
     "LoraConfig",
     "add_adapter",
     "add_lora",
+    "add_weighted_adapter",
+    "combine",
     "delete_adapter",
     "disable_adapter",
     "load_adapter",
     "lora_layers",
     "lora_parameters",
+    "merge_and_unload",
     "merge_lora",
     "remove_lora",
     "save_adapter",

@@ -107,8 +107,8 @@ def add_lora(
 
     model.requires_grad_(False)
     for module, layer in layers.items():
-        _share_hooks(module, layer)
-        vars(layer)["original"] = _emptied(module)  # not through setattr, which would make it a submodule
+        share_hooks(module, layer)
+        vars(layer)["original"] = emptied(module)  # not through setattr, which would make it a submodule
     _replace(model, {**layers})
     _train_biases(model, config.bias)
     model.lora_injection = Injection(adapter_name, config, requires_grad)  # type: ignore[assignment]
@@ -124,10 +124,9 @@ def remove_lora(model: Model) -> Model:
     Raises:
         ValueError: neither `model` nor a part of it is a model that `add_lora` was called with.
     """
-    owners = [m for m in model.modules() if "lora_injection" in vars(m)]
-    if not owners:
-        raise ValueError("model has no LoRA to remove: it is not what add_lora was called with")
-    for owner in reversed(owners):  # inner ones first: what the outermost one remembers of the flags is the oldest
+    for owner in reversed(
+        injected_models(model)
+    ):  # inner ones first: what the outermost one remembers of the flags is the oldest
         originals: dict[nn.Module, nn.Module] = {}
         for _, layer in lora_layers(owner):
             original = vars(layer).get("original")
@@ -142,6 +141,18 @@ def remove_lora(model: Model) -> Model:
         _replace(owner, originals)
         _set_requires_grad(owner, vars(owner).pop("lora_injection").requires_grad)
     return model
+
+
+def injected_models(model: nn.Module) -> list[nn.Module]:
+    """`model` and the parts of it that `add_lora` was called with, outermost first.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [m for m in model.modules() if "lora_injection" in vars(m)]
+    if not found:
+        raise ValueError("model has no LoRA to remove: it is not what add_lora was called with")
+    return found
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoraLinear]]:
@@ -172,17 +183,7 @@ def merge_lora(model: Model, to: torch.dtype | None = None) -> Model:
         ValueError: there is no layer with LoRA, or a merged weight would not be finite.
     """
     layers = _layers_to_change(model, merged=False)
-    done: list[FusedLoraLinear] = []
-    for name, layer in layers.items():
-        try:
-            layer.merge(to)
-        except BaseException as error:
-            for other in done:
-                other.unmerge()
-            if isinstance(error, ValueError):
-                raise ValueError(f"{name}: {error}") from error
-            raise
-        done.append(layer)
+    merge_layers(layers, dict.fromkeys(layers, to))
     return model
 
 
@@ -196,6 +197,21 @@ def unmerge_lora(model: Model) -> Model:
     for layer in _layers_to_change(model, merged=True).values():
         layer.unmerge()
     return model
+
+
+def merge_layers(layers: Mapping[str, FusedLoraLinear], to: Mapping[str, torch.dtype | None]) -> None:
+    """Merges these layers, each to its dtype, or none if one fails."""
+    done: list[FusedLoraLinear] = []
+    for name, layer in layers.items():
+        try:
+            layer.merge(to[name])
+        except BaseException as error:
+            for other in done:
+                other.unmerge()
+            if isinstance(error, ValueError):
+                raise ValueError(f"{name}: {error}") from error
+            raise
+        done.append(layer)
 
 
 def _layers_to_change(model: nn.Module, *, merged: bool) -> dict[str, FusedLoraLinear]:
@@ -230,7 +246,7 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
                 setattr(parent, name, new[child])
 
 
-def _emptied(module: nn.Module) -> nn.Module:
+def emptied(module: nn.Module) -> nn.Module:
     """A shell without parameters: nothing that is moved, cast or freed later lives on in it."""
     if is_linear4bit(module):
         vars(module).update(params4bit=type(module.weight), quant_state=None)
@@ -252,7 +268,7 @@ def _weight_for(original: nn.Module, weight: Tensor | NF4Weight) -> nn.Parameter
     return dense if isinstance(dense, nn.Parameter) else nn.Parameter(dense)
 
 
-def _share_hooks(module: nn.Module, layer: FusedLoraLinear) -> None:
+def share_hooks(module: nn.Module, layer: nn.Module) -> None:
     """The same dicts, so that hooks and the handles that remove them work on either module."""
     prefixes = ("_forward_", "_backward_", "_is_full_backward_hook")
     vars(layer).update({key: value for key, value in vars(module).items() if key.startswith(prefixes)})
