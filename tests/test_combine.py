@@ -232,6 +232,13 @@ def test_density_1_prunes_nothing(method: str, same: str) -> None:
     assert all(torch.equal(a, e) for a, e in zip(actual[:2], expected[:2], strict=True))
 
 
+def test_density_1_draws_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    combine(drawn(), (1, 1), "dare_ties", density=1, generator=generator)
+    assert torch.equal(generator.get_state(), before)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_results(method: str) -> None:
     """Dtypes, devices, memory of their own, no gradient, the arguments as before."""

@@ -147,6 +147,14 @@ def test_parts_and_layers_placed_by_hand() -> None:
     assert all(torch.equal(t, before[name]) for name, t in model[1].state_dict().items())
 
 
+def test_layers_of_a_model_that_is_not_among_the_parts_stay() -> None:
+    whole, other = injected(Mlp()), injected(Mlp())
+    before = snapshot(whole)
+    merge_and_unload(nn.ModuleList([whole.block, other]))
+    assert_untouched(whole, before)
+    assert list(lora_layers(other)) == []
+
+
 # --- 4 bits -----------------------------------------------------------------------------------------------------------
 
 
