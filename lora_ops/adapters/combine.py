@@ -66,7 +66,7 @@ def combine(
     * One adapter is treated as several are; PEFT ignores `svd_rank`, `density` and the method then.
     * The result has scaling 1, also if the first adapter is rank-stabilised; PEFT's is too large by √r then.
     * ΔW_i and w_i are not rounded to half precision or fp32 on the way, and the result has the dtype that it should have.
-    * `svd_rank` may be more than N or K, where PEFT fails.
+    * `svd_rank` may be more than N or K, where PEFT's A and B do not fit each other.
 
     Args:
         adapters: lora_A (r_i, K), lora_B (N, r_i), float32, bfloat16, float16 or float64, and a scaling. Of
