@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..nn.adapter import check_adapter_name
 from .injection import lora_layers
+from .whole_modules import whole_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -164,10 +165,14 @@ def add_weighted_adapter(
             raise ValueError(f"adapters must be of {name or 'model'}'s {list(layer.lora_A)}, got {unknown[0]!r}")
         if adapter_name in layer.lora_A:
             raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}, which {name or 'model'} has already")
+    for name, wrapper in whole_modules(model):
+        trained = [adapter for adapter in adapters if adapter in wrapper.modules_to_save]
+        if trained:
+            raise ValueError(f"adapters must not train whole modules, got {trained[0]!r}, which has a {name} of its own")
     for name, layer in layers.items():
         try:
             combined[name] = combine(
-                [Adapter(layer.lora_A[a], layer.lora_B[a], layer.scaling[a]) for a in adapters],
+                [Adapter(*layer._matrices(a), layer.scaling[a]) for a in adapters],
                 weights,
                 combination_type,
                 svd_rank=svd_rank,
@@ -181,8 +186,8 @@ def add_weighted_adapter(
         lora_A, lora_B, _ = combined[name]
         r, dropout = lora_A.shape[0], layer.lora_dropout[adapters[0]]
         layer.add_adapter(adapter_name, r, lora_alpha=r, lora_dropout=dropout, adapter_dtype=lora_A.dtype)
-        layer.lora_A[adapter_name].data.copy_(lora_A)
-        layer.lora_B[adapter_name].data.copy_(lora_B)
+        for factors, values in ((layer.lora_A, lora_A), (layer.lora_B, lora_B)):
+            factors[adapter_name].data.copy_(values.view_as(factors[adapter_name]))
     return model
 
 

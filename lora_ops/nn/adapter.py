@@ -140,12 +140,27 @@ class NamedAdapters(nn.Module):
         half = self.weight.dtype in (torch.bfloat16, torch.float16)
         dtype = adapter_dtype or (torch.float32 if half else self.weight.dtype)
         device = self.weight.device
-        A = torch.empty((r, self.in_features), dtype=dtype, device=device)
-        B = torch.empty((self.out_features, r), dtype=dtype, device=device)
+        A, B = (torch.empty(shape, dtype=dtype, device=device) for shape in self._factor_shapes(r))
         self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
         self.r[name], self.lora_dropout[name] = r, lora_dropout
         self.set_scaling(name, lora_alpha, use_rslora)
         self.reset_lora_parameters(name, init_lora_weights)
+
+    def _factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of an adapter's A and B.
+
+        Raises:
+            ValueError: the layer cannot have an adapter of that rank.
+        """
+        return (r, self.in_features), (self.out_features, r)
+
+    def _matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        """An adapter's A as (r, K) and B as (N, r), views.
+
+        Raises:
+            ValueError: they are no matrices (convolutions in groups).
+        """
+        return self.lora_A[name], self.lora_B[name]
 
     def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor, float]:
         """A, B and scaling of an adapter, or of several as one."""
