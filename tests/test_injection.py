@@ -260,7 +260,6 @@ BAD_MODELS = [
     (Mlp, {"target_modules": ["first"], "exclude_modules": "f.*"}, ValueError, "exclude_modules='f.*' takes away"),
     (Mlp, {}, ValueError, "target_modules is None, and there is no default for this model's config.model_type"),
     (Mlp, {"target_modules": ["first", "norm"]}, TypeError, "target_modules takes in norm, a LayerNorm, which is not"),
-    (llama, {"target_modules": ["embed_tokens"]}, TypeError, "takes in model.embed_tokens, a Embedding"),
     (llama, {"target_modules": ["q_proj", "mlp"]}, TypeError, "takes in model.layers.0.mlp, a LlamaMLP"),
     (lazy, {"target_modules": ["block.0", "first"]}, TypeError, "no plain nn.Parameter but UninitializedParameter"),
     (parametrized, {"target_modules": "all-linear"}, TypeError, "its weight is no plain nn.Parameter but Tensor"),

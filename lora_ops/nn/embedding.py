@@ -16,9 +16,10 @@ class FusedLoraEmbedding(DenseAdapters):
 
     Parameters: `weight` (V, N), frozen; `lora_embedding_A[name]` (r, V) and `lora_embedding_B[name]` (N, r), PEFT's names,
     trainable; `lora_A` and `lora_B` are the same. Rows of A and W0 are looked up, and one product adds the low-rank term: ΔW
-    = (B A)ᵀ is never formed. `padding_idx`, `max_norm`, `norm_type`, `scale_grad_by_freq` and `sparse` act on the rows of Aᵀ
-    as they do on those of the weight, as in PEFT: the gradient of A's column `padding_idx` is zero, and with `max_norm` the
-    columns of A that are looked up are scaled down to it. Dropout does not act on an embedding, as in PEFT.
+    = (B A)ᵀ is never formed. `padding_idx`, `max_norm`, `norm_type` and `scale_grad_by_freq` act on the rows of Aᵀ as they do
+    on those of the weight, as in PEFT: the gradient of A's column `padding_idx` is zero, and with `max_norm` the
+    columns of A that are looked up are scaled down to it. Gradients are dense with `sparse`, too (in PEFT the backward fails
+    then). Dropout does not act on an embedding, as in PEFT.
 
     Args:
         num_embeddings, embedding_dim: V and N.
@@ -148,7 +149,7 @@ class FusedLoraEmbedding(DenseAdapters):
         return add_low_rank(y, looked_up, [self.lora_B[name] for name in names], [self.scaling[name] for name in names], scale)
 
     def _lookup(self, ids: Tensor, weight: Tensor) -> Tensor:
-        return F.embedding(ids, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
+        return F.embedding(ids, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq)
 
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
         return (B @ A).T
