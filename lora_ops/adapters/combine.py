@@ -168,7 +168,7 @@ def add_weighted_adapter(
     for name, wrapper in whole_modules(model):
         trained = [adapter for adapter in adapters if adapter in wrapper.modules_to_save]
         if trained:
-            raise ValueError(f"adapters must not train whole modules, got {trained[0]!r}, which has a {name} of its own")
+            raise ValueError(f"adapters must not train whole modules, got {trained[0]!r}, which trains {name}")
     for name, layer in layers.items():
         try:
             combined[name] = combine(

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import LoraConfig
+from .config import LoraConfig, is_all_linear
 from .embeddings import base_embeddings, check_not_tied, embeddings_to_save
 from .injection import Injection, add_lora, lora_layers
 from .kinds import LoraLayer, factor_names, factor_shapes
@@ -128,7 +128,10 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
     layers = dict(lora_layers(model))
     targeted = targeted_modules(model, config)
     targets = {name: module for module, name in targeted.items()}
-    whole = modules_to_save(model, config, targeted)
+    try:
+        whole = modules_to_save(model, config, targeted)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
     beside = _beside_factors(model, targets, config.bias, whole, adapter_name)
     _check_tensors(tensors, targets, config, beside, base_embeddings(model, targets), folder / WEIGHTS)
     if layers and layers.keys() != targets.keys():
@@ -178,10 +181,11 @@ def _configuration(model: nn.Module, layers: Mapping[str, LoraLayer], adapter_na
         found[pattern] = {re.escape(name): value for name, value in of_layers.items() if value != common}
     config, whole = _injected_config(model), sorted(_whole(model, adapter_name).values())
     same = bool(whole) and all(name.endswith(tuple(config.modules_to_save or ())) for name in whole)
-    short = isinstance(config.target_modules, list | tuple | set | frozenset) and not config.exclude_modules
+    targets = config.target_modules
+    short = not (targets is None or is_all_linear(targets) or config.exclude_modules)
     short = short and config.layers_to_transform is None and same == bool(config.modules_to_save)
     return found | {
-        "target_modules": sorted(config.target_modules if short else layers),  # type: ignore[arg-type]
+        "target_modules": targets if short and isinstance(targets, str) else sorted(targets if short and targets else layers),
         "exclude_modules": None,
         "modules_to_save": (list(config.modules_to_save or ()) if same else whole) or None,
         "layers_to_transform": None,
