@@ -43,6 +43,7 @@ OTHERS = {
     "2d of size 1 in groups": (lambda: nn.Conv2d(6, 8, 1, groups=2, bias=False), (2, 6, 5, 4)),
     "2d of size 1, padded": (lambda: nn.Conv2d(6, 8, 1, padding=1), (2, 6, 3, 2)),
     "3d": (lambda: nn.Conv3d(3, 6, (1, 3, 2), padding=(0, 1, 0)), (2, 3, 3, 4, 5)),
+    "3d of 1 x 1 x 2": (lambda: nn.Conv3d(3, 6, (1, 1, 2)), (2, 3, 3, 4, 5)),
     "no batch": (lambda: nn.Conv2d(4, 10, 3), (4, 6, 5)),
 }
 # Those whose A is neither dilated nor padded otherwise than with zeros in PEFT.

@@ -11,7 +11,7 @@ from tiny_models import DUPLICATES
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from lora_ops import FusedLoraEmbedding
+from lora_ops import FusedLoraEmbedding, LoraConfig, add_lora, remove_lora
 
 V, N = 30, 24
 IDS = torch.tensor([[0, 3, 3, 29, 7], [7, 1, 0, 2, 3]])
@@ -71,6 +71,15 @@ def test_scaled_embeddings(dtype: torch.dtype) -> None:
     merged.merge()
     measured = compare.error(ours(IDS), theirs(IDS), merged(IDS))
     assert measured.within_bound, measured
+
+
+def test_a_scaled_embedding_comes_back() -> None:
+    model = nn.ModuleDict({"words": scaled()})
+    before = model.words(IDS)
+    add_lora(model, LoraConfig(target_modules=["words"], init_lora_weights=False)).double()
+    remove_lora(model)
+    assert model.words.embed_scale.dtype == torch.float64
+    assert torch.equal(model.words(IDS), before.double())
 
 
 def test_autocast_keeps_the_base_s_dtype() -> None:

@@ -168,6 +168,20 @@ def test_the_rest_is_peft_s(of: str, tmp_path) -> None:
     assert torch.equal(patched(x), stock(x))
 
 
+def test_what_fails_in_peft() -> None:
+    """As docs/coming_from_peft.md says; ours are in test_conv.py and test_embedding.py."""
+    with pytest.raises(RuntimeError, match="must match the size"):
+        with_peft(nn.Conv3d(3, 4, (1, 1, 2)), FP32).merge_adapter()
+    with pytest.raises(RuntimeError, match="must match the size"):
+        with_peft(nn.Conv1d(3, 4, 3, dilation=2), FP32)(torch.randn(1, 3, 9))
+    circular, x = with_peft(nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular"), FP32).double(), make_x((1, 3, 9)).double()
+    y = circular(x)
+    circular.merge_adapter()
+    assert not torch.allclose(circular(x), y)
+    with pytest.raises(RuntimeError, match="transpositions between sparse and dense"):
+        with_peft(nn.Embedding(V, N, sparse=True), FP32)(IDS).sum().backward()
+
+
 def test_compile_has_no_graph_break() -> None:
     for base, x in ((nn.Embedding(V, N), IDS), (nn.Conv2d(60, 70, 1), make_x((2, 60, 8, 8)))):
         _, patched = pair(base)

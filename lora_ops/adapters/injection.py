@@ -60,7 +60,8 @@ def add_lora(
             layers, with weights in float32, bfloat16, float16 or float64, or in 4 bits.
         config: see `LoraConfig`.
         adapter_name: the key of the adapter's parameters.
-        adapter_dtype, prepack: see `FusedLoraLinear`.
+        adapter_dtype: see `FusedLoraLinear`.
+        prepack: of linear layers, see `FusedLoraLinear`.
         quant, blocksize, double_quant: see `FusedLoraLinear.from_linear`.
 
     Returns:
@@ -151,6 +152,7 @@ def remove_lora(model: Model) -> Model:
             original.weight = _weight_for(original, layer.weight)
             if "bias" in original._parameters:
                 original.bias = layer.bias
+            original._buffers.update({name: t for name, t in layer._buffers.items() if name in original._buffers})
             original.training = layer.training
             originals[layer] = original
         originals |= {wrapper: wrapper.original_module.train(wrapper.training) for _, wrapper in whole_modules(owner)}
