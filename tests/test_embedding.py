@@ -75,11 +75,11 @@ def test_scaled_embeddings(dtype: torch.dtype) -> None:
 
 def test_a_scaled_embedding_comes_back() -> None:
     model = nn.ModuleDict({"words": scaled()})
-    before = model.words(IDS)
+    expected = copy.deepcopy(model).double().words(IDS)
     add_lora(model, LoraConfig(target_modules=["words"], init_lora_weights=False)).double()
     remove_lora(model)
     assert model.words.embed_scale.dtype == torch.float64
-    assert torch.equal(model.words(IDS), before.double())
+    assert torch.equal(model.words(IDS), expected)
 
 
 def test_autocast_keeps_the_base_s_dtype() -> None:
