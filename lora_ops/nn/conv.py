@@ -134,10 +134,11 @@ class FusedLoraConv(DenseAdapters):
             y, apart = convolve(x, self.weight, self.bias, self.geometry), self.active_adapters
         total = y
         for name in apart:
-            total = total + self._low_rank(x, name)
+            total = total + self._of_adapter(x, name)
         return total.to(y.dtype)
 
-    def _low_rank(self, x: Tensor, name: str) -> Tensor:
+    def _of_adapter(self, x: Tensor, name: str) -> Tensor:
+        """What an adapter adds to the output, with a mask of its own."""
         A, B = self.lora_A[name], self.lora_B[name]
         dropped = F.dropout(x.to(A.dtype), self.lora_dropout[name], self.training)
         S = convolve(dropped, A, None, self.geometry, groups=1) * self.scaling[name]
