@@ -27,6 +27,8 @@ class LoraConfig:
         init_lora_weights: True, False or "gaussian", see `FusedLoraLinear`.
         rank_pattern, alpha_pattern: {regular expression: r or lora_alpha} for layers that differ. An expression must
             match a whole module name or its end after a dot; the first that matches counts.
+        use_dora: DoRA, see `FusedLoraLinear`.
+        lora_bias: B has a bias that trains, see `FusedLoraLinear`. Not with `use_dora` or "gaussian".
 
     Raises:
         ValueError, TypeError: a field out of its range, by name.
@@ -42,9 +44,18 @@ class LoraConfig:
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_dora: bool = False
+    lora_bias: bool = False
 
     def __post_init__(self) -> None:
-        check_adapter(self.r, self.lora_alpha, self.lora_dropout, self.init_lora_weights)
+        check_adapter(
+            self.r,
+            self.lora_alpha,
+            self.lora_dropout,
+            self.init_lora_weights,
+            use_dora=self.use_dora,
+            lora_bias=self.lora_bias,
+        )
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f'bias must be "none", "all" or "lora_only", got {self.bias!r}')
         if not isinstance(self.use_rslora, bool):

@@ -1,6 +1,8 @@
 """Adapters in PEFT's files: adapter_config.json and adapter_model.safetensors, written and read without PEFT.
 
 base_model.model.<module>.lora_A.weight (r, K)       base_model.model.<module>.lora_B.weight (N, r)
+base_model.model.<module>.lora_B.bias (N,)           with lora_bias
+base_model.model.<module>.lora_magnitude_vector (N,) with use_dora
 base_model.model.<module>.base_layer.bias (N,)       where LoraConfig.bias is not "none"
 """
 
@@ -28,13 +30,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_KEYS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector")  # of a layer's parameter_dicts
 
 # What PEFT 0.21 writes of features that are not used. Another value of one of them is another forward, and is refused.
 _UNUSED: dict[str, Any] = {
     "alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None, "layer_replication": None,
-    "layers_pattern": None, "layers_to_transform": None, "lora_bias": False, "megatron_config": None, "modules_to_save": None,
+    "layers_pattern": None, "layers_to_transform": None, "megatron_config": None, "modules_to_save": None,
     "monteclora_config": None, "target_parameters": None, "trainable_token_indices": None, "use_bdlora": None,
-    "use_dora": False, "use_qalora": False, "velora_config": None,
+    "use_qalora": False, "velora_config": None,
 }  # fmt: skip
 # What says nothing of the forward of a finished adapter.
 _NOTES: dict[str, Any] = {
@@ -45,7 +48,7 @@ _NOTES: dict[str, Any] = {
 }  # fmt: skip
 _OURS = (
     "r", "target_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora", "exclude_modules", "init_lora_weights",
-    "rank_pattern", "alpha_pattern",
+    "rank_pattern", "alpha_pattern", "use_dora", "lora_bias",
 )  # fmt: skip
 _KEPT_BASE = (True, False, "gaussian", "eva", "orthogonal")  # initialisations that leave W0 as it is
 
@@ -72,12 +75,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         raise ValueError(f"adapter_name must be an adapter of the model's LoRA layers, got {adapter_name!r}")
     config = _NOTES | _UNUSED | _configuration(model, layers, adapter_name)
     config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    tensors = {}
-    for name, layer in layers.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter_name]
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter_name]
-    tensors |= {f"{_PREFIX}{name}": t for name, t in _biases(model, layers, config["bias"]).items()}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    parameters = _parameters(layers, adapter_name) | _biases(model, layers, config["bias"])
+    tensors = {f"{_PREFIX}{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
 
     folder = Path(directory) if adapter_name == "default" else Path(directory) / adapter_name
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,32 +114,39 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
         name = sorted(layers.keys() ^ targets.keys())[0]
         raise ValueError(f"{folder / CONFIG}: target_modules and the model's LoRA layers differ in {name}")
     for name, layer in layers.items():
-        if adapter_name in layer.lora_A and layer.r[adapter_name] != config.rank_of(name):
-            r = layer.r[adapter_name]
-            raise ValueError(
-                f'{name} has an adapter "{adapter_name}" of rank {r}, and {folder / CONFIG} says {config.rank_of(name)}: '
-                "delete_adapter() it first, or load it under another name"
-            )
+        if adapter_name not in layer.lora_A:
+            continue
+        for field, asked in (("r", config.rank_of(name)), ("use_dora", config.use_dora), ("lora_bias", config.lora_bias)):
+            found = getattr(layer, field)[adapter_name]
+            if found != asked:
+                raise ValueError(
+                    f'{name} has an adapter "{adapter_name}" with {field}={found}, and {folder / CONFIG} says {asked}: '
+                    "delete_adapter() it first, or load it under another name"
+                )
 
-    dtype = _adapter_dtype(tensors, targets)
+    dtype, is_new = _adapter_dtype(tensors, targets), True
     if not layers:
         add_lora(model, config, adapter_name, adapter_dtype=dtype)
     elif not all(adapter_name in layer.lora_A for layer in layers.values()):
         add_adapter(model, config, adapter_name, adapter_dtype=dtype)
+    else:
+        is_new = False
+    layers = dict(lora_layers(model))
     with torch.no_grad():
-        for name, layer in lora_layers(model):
-            layer.lora_A[adapter_name].copy_(tensors[f"{_PREFIX}{name}.lora_A.weight"])
-            layer.lora_B[adapter_name].copy_(tensors[f"{_PREFIX}{name}.lora_B.weight"])
+        for name, layer in layers.items():
+            if is_new and config.use_dora:
+                magnitude = layer.lora_magnitude_vector[adapter_name]
+                magnitude.data = magnitude.data.to(_adapter_dtype(tensors, targets, magnitudes=True))
             layer.set_scaling(adapter_name, config.alpha_of(name), config.use_rslora)
-        for name, bias in _biases(model, dict(lora_layers(model)), config.bias).items():
-            bias.copy_(tensors[_PREFIX + name])
+        for name, p in (_parameters(layers, adapter_name) | _biases(model, layers, config.bias)).items():
+            p.copy_(tensors[_PREFIX + name])
     return model
 
 
 def _configuration(model: nn.Module, layers: Mapping[str, FusedLoraLinear], adapter_name: str) -> dict[str, Any]:
     """What the layers are, as a configuration: the most common rank and lora_alpha, and a pattern for each other."""
     found = {}
-    for field in ("lora_dropout", "use_rslora"):
+    for field in ("lora_dropout", "use_rslora", "use_dora", "lora_bias"):
         values = {getattr(layer, field)[adapter_name] for layer in layers.values()}
         if len(values) > 1:
             raise ValueError(f'{field} must be the same in all layers of adapter "{adapter_name}", got {sorted(values)}')
@@ -158,6 +164,16 @@ def _configuration(model: nn.Module, layers: Mapping[str, FusedLoraLinear], adap
         "exclude_modules": None,
         "init_lora_weights": config.init_lora_weights,
         "bias": config.bias,
+    }
+
+
+def _parameters(layers: Mapping[str, FusedLoraLinear], adapter_name: str) -> dict[str, nn.Parameter]:
+    """An adapter's, by their names in a PEFT model's file."""
+    return {
+        f"{name}.{key}": parameters[adapter_name]
+        for name, layer in layers.items()
+        for key, parameters in zip(_KEYS, layer.parameter_dicts, strict=True)
+        if adapter_name in parameters
     }
 
 
@@ -238,6 +254,10 @@ def _check_tensors(
         r, (N, K) = config.rank_of(name), _shape_of(module)
         shapes[f"{_PREFIX}{name}.lora_A.weight"] = (r, K)
         shapes[f"{_PREFIX}{name}.lora_B.weight"] = (N, r)
+        if config.lora_bias:
+            shapes[f"{_PREFIX}{name}.lora_B.bias"] = (N,)
+        if config.use_dora:
+            shapes[f"{_PREFIX}{name}.lora_magnitude_vector"] = (N,)
     shapes |= {_PREFIX + name: tuple(p.shape) for name, p in biases.items()}
     for key in sorted(shapes.keys() | tensors.keys()):
         if key not in tensors:
@@ -257,9 +277,10 @@ def _shape_of(module: Any) -> tuple[int, int]:
     return (module.nf, module.nx) if is_conv1d(module) else (module.out_features, module.in_features)
 
 
-def _adapter_dtype(tensors: Mapping[str, Tensor], targets: Mapping[str, nn.Module]) -> torch.dtype:
-    """The files' dtype where the kernels take it beside every weight, else fp32 (fp64 beside fp64)."""
-    dtypes = {t.dtype for name, t in tensors.items() if ".lora_" in name}
+def _adapter_dtype(tensors: Mapping[str, Tensor], targets: Mapping[str, nn.Module], *, magnitudes: bool = False) -> torch.dtype:
+    """The files' dtype, of magnitudes or of the rest, where the kernels take it beside every weight, else fp32 (fp64 beside
+    fp64)."""
+    dtypes = {t.dtype for name, t in tensors.items() if ".lora_" in name and name.endswith("magnitude_vector") == magnitudes}
     weights = {module.weight.dtype for module in targets.values()}  # uint8 is in 4 bits
     (dtype,) = dtypes if len(dtypes) == 1 else {torch.float32}
     beside_half = dtype == torch.float32 and torch.float64 not in weights

@@ -41,8 +41,10 @@ def add_lora(
     """Replaces the targeted layers of `model`, in place, by `FusedLoraLinear`s and freezes every other parameter.
 
     Targeted are the layers that PEFT's LoRA would target. Weights are shared, not copied; the names in the state dict
-    stay, and `<layer>.lora_A.<adapter_name>` (r, K) and `<layer>.lora_B.<adapter_name>` (N, r) join them. A module that
-    sits in several places is replaced in all of them by one layer. A layer's forward and backward hooks go on running.
+    stay, and `<layer>.lora_A.<adapter_name>` (r, K) and `<layer>.lora_B.<adapter_name>` (N, r) join them, as do, (N,) each,
+    `<layer>.lora_B_bias.<adapter_name>` with `lora_bias` and `<layer>.lora_magnitude_vector.<adapter_name>` with `use_dora`. A
+    module that sits in several places is replaced in all of them by one layer. A layer's forward and backward hooks go on
+    running.
 
     With `quant`, the targeted weights are quantised to 4 bits, copies that nothing else shares. Layers that bitsandbytes has
     quantised are taken over with their codes. Either is in the state dict under bitsandbytes' keys.
@@ -98,6 +100,8 @@ def add_lora(
                     quant=quant,
                     blocksize=blocksize,
                     double_quant=double_quant,
+                    use_dora=config.use_dora,
+                    lora_bias=config.lora_bias,
                 )
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{name}: {error}; the model was left untouched") from error
@@ -161,13 +165,14 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoraLinear]]:
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The trainable parameters of the model's adapters: every A and B, each once. Trained biases are not among them.
+    """The trainable parameters of the model's adapters: every A and B, biases of B and DoRA's magnitudes, each once. The
+    layers' own biases (`LoraConfig.bias`) are not among them.
 
     Raises:
         ValueError: there are none.
     """
     layers = [layer for _, layer in lora_layers(model)]
-    parameters = [p for layer in layers for pair in (layer.lora_A, layer.lora_B) for p in pair.values()]
+    parameters = [p for layer in layers for of_adapters in layer.parameter_dicts for p in of_adapters.values()]
     trainable = [p for p in dict.fromkeys(parameters) if p.requires_grad]
     if not trainable:
         raise ValueError(f"model has no trainable adapter parameter ({len(layers)} layers with LoRA); see add_lora")
@@ -180,7 +185,8 @@ def merge_lora(model: Model, to: torch.dtype | None = None) -> Model:
     Raises:
         RuntimeError: a layer is merged already.
         TypeError: `to` is no dtype of a weight.
-        ValueError: there is no layer with LoRA, or a merged weight would not be finite.
+        ValueError: there is no layer with LoRA, or one that cannot be merged (a weight that would not be finite, a bias of B
+            and no bias to take it).
     """
     layers = _layers_to_change(model, merged=False)
     merge_layers(layers, dict.fromkeys(layers, to))

@@ -37,6 +37,8 @@ def add_adapter(model: Model, config: LoraConfig, adapter_name: str, *, adapter_
             use_rslora=config.use_rslora,
             init_lora_weights=config.init_lora_weights,
             adapter_dtype=adapter_dtype,
+            use_dora=config.use_dora,
+            lora_bias=config.lora_bias,
         )
     return model
 
