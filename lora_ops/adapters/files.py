@@ -124,7 +124,8 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
                     "delete_adapter() it first, or load it under another name"
                 )
 
-    dtype, is_new = _adapter_dtype(tensors, targets), True
+    dtype, of_magnitude = (_adapter_dtype(tensors, targets, magnitudes=magnitudes) for magnitudes in (False, True))
+    is_new = True
     if not layers:
         add_lora(model, config, adapter_name, adapter_dtype=dtype)
     elif not all(adapter_name in layer.lora_A for layer in layers.values()):
@@ -136,7 +137,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
         for name, layer in layers.items():
             if is_new and config.use_dora:
                 magnitude = layer.lora_magnitude_vector[adapter_name]
-                magnitude.data = magnitude.data.to(_adapter_dtype(tensors, targets, magnitudes=True))
+                magnitude.data = magnitude.data.to(of_magnitude)
             layer.set_scaling(adapter_name, config.alpha_of(name), config.use_rslora)
         for name, p in (_parameters(layers, adapter_name) | _biases(model, layers, config.bias)).items():
             p.copy_(tensors[_PREFIX + name])
@@ -277,7 +278,7 @@ def _shape_of(module: Any) -> tuple[int, int]:
     return (module.nf, module.nx) if is_conv1d(module) else (module.out_features, module.in_features)
 
 
-def _adapter_dtype(tensors: Mapping[str, Tensor], targets: Mapping[str, nn.Module], *, magnitudes: bool = False) -> torch.dtype:
+def _adapter_dtype(tensors: Mapping[str, Tensor], targets: Mapping[str, nn.Module], *, magnitudes: bool) -> torch.dtype:
     """The files' dtype, of magnitudes or of the rest, where the kernels take it beside every weight, else fp32 (fp64 beside
     fp64)."""
     dtypes = {t.dtype for name, t in tensors.items() if ".lora_" in name and name.endswith("magnitude_vector") == magnitudes}
