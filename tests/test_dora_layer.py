@@ -192,6 +192,27 @@ def test_no_rows(kind: str) -> None:
     assert all(not p.grad.any() for name, p in layer.named_parameters() if p.requires_grad)
 
 
+def test_fp64() -> None:
+    """In which nothing of an fp32 layer's error is left."""
+    for kinds in KINDS:
+        case = Case(kinds, Setting(Dtypes(F32, F32)), (0.25, 0.0, 0.5))
+        stock = make_stock(case)
+        ours, wide = make_ours(stock, case).double(), with_masks(in_fp64(stock, case), case)
+        actual, exact = (results_of(model, case, 0, F64) for model in (ours, wide))
+        for name, t in actual.items():
+            assert t.dtype == F64
+            assert compare.error(t.float(), exact[name].float(), exact[name]).ratio <= 1, name
+
+
+def test_kept_panels_change_nothing() -> None:
+    options = {"use_dora": True, "init_lora_weights": False}
+    linear, x = nn.Linear(K, N), torch.randn(5, K)
+    layer = FusedLoraLinear.from_linear(linear, prepack=True, **options)
+    other = FusedLoraLinear.from_linear(linear, **options)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), other(x))
+
+
 def test_the_weight_cannot_be_trained() -> None:
     layer = FusedLoraLinear(K, N, use_dora=True)
     layer.weight.requires_grad_(True)
@@ -396,6 +417,22 @@ def test_4bit_layers_merge_in_their_format(kinds: tuple[str, ...]) -> None:
     assert layer.weight is weight
     assert layer.bias is bias
     assert torch.equal(layer(x), unmerged)
+
+
+def test_peft_s_merged_layers_forget_a_scale_of_the_bias() -> None:
+    """DoRA's, where it comes after a bias of B; the scaling, over a 4-bit weight. Ours do not: the tests above."""
+    case = Case(("bias", "dora"), Setting(Dtypes(F32, F32)))
+    wide, x = in_fp64(make_stock(case), case), torch.zeros(1, K, dtype=F64)
+    unmerged = wide(x)
+    wide.base_model.model.layer.merge()
+    assert (wide(x) - unmerged).abs().max() > 0.1
+
+    case = Case(("bias",), Setting(Dtypes(F32, F32), kind="4bit"))
+    stock = make_stock(case).base_model.model.layer
+    of_B, before = stock.lora_B["default"].bias.data, stock.base_layer.bias.data.clone()
+    stock.merge()
+    assert stock.scaling["default"] != 1
+    assert torch.equal(stock.base_layer.bias.data, before + of_B)
 
 
 def test_delta_weight_is_peft_s() -> None:
