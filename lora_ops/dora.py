@@ -32,8 +32,8 @@ def weight_norm(
 
         n² = ‖W0‖² + 2 scaling · Σ_r (W0 Aᵀ ∘ B) + scaling² · Σ_r (B (A Aᵀ) ∘ B)
 
-    The three terms are summed in fp32 (fp64 for fp64). Where they cancel, which takes a ΔW about as large as W0 and against
-    it, n loses as many digits as the sum does.
+    The three terms are summed in fp32 (fp64 for fp64), under autocast, too. Where they cancel, which takes a ΔW about as large as
+    W0 and against it, n loses as many digits as the sum does.
 
     Args:
         weight: W0, (N, K), dense or in 4 bits.
@@ -42,12 +42,13 @@ def weight_norm(
     """
     base = row_norms(weight) if base is None else base
     A, B = lora_A.to(base.dtype), lora_B.to(base.dtype)
-    if isinstance(weight, NF4Weight):
-        with_A = torch.ops.lora_ops.qlora_forward_wide(A, *weight_of(weight), *_nothing(A, B), 0.0)[0].T
-    else:
-        with_A = torch.cat([rows @ A.T for rows in _wide_rows(weight)])
-    squares = base + scaling * ((2 * with_A + scaling * (B @ (A @ A.T))) * B).sum(1)
-    return squares.clamp_min(0).sqrt()
+    with torch.autocast(A.device.type, enabled=False):
+        if isinstance(weight, NF4Weight):
+            with_A = torch.ops.lora_ops.qlora_forward_wide(A, *weight_of(weight), *_nothing(A, B), 0.0)[0].T
+        else:
+            with_A = torch.cat([rows @ A.T for rows in _wide_rows(weight)])
+        squares = base + scaling * ((2 * with_A + scaling * (B @ (A @ A.T))) * B).sum(1)
+        return squares.clamp_min(0).sqrt()
 
 
 def dora_linear(

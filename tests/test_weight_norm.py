@@ -39,6 +39,8 @@ def test_weight_norm(shape: tuple[int, int, int], dtypes: Dtypes, quant) -> None
     exact, eager = (of_the_sum(weight, A, B, 0.75, dtype) for dtype in (F64, F32))
     norm = weight_norm(weight, A, B, 0.75)
     assert torch.equal(weight_norm(weight, A, B, 0.75, row_norms(weight)), norm)
+    with torch.autocast("cpu", BF16):
+        assert torch.equal(weight_norm(weight, A, B, 0.75), norm)
     compare.assert_within_bound({"norm": compare.error(norm, eager, exact)})
 
 
