@@ -32,8 +32,8 @@ def weight_norm(
 
         n² = ‖W0‖² + 2 scaling · Σ_r (W0 Aᵀ ∘ B) + scaling² · Σ_r (B (A Aᵀ) ∘ B)
 
-    The three terms are summed in fp32 (fp64 for fp64), under autocast, too. Where they cancel, which takes a ΔW about as large as
-    W0 and against it, n loses as many digits as the sum does.
+    The three terms are summed in fp32 (fp64 for fp64), under autocast, too. Where they cancel, which takes a ΔW about as large
+    as W0 and against it, n loses as many digits as the sum does.
 
     Args:
         weight: W0, (N, K), dense or in 4 bits.

@@ -9,7 +9,7 @@ from compare import BF16, F16, F32, Dtypes
 from dora_layers import F64, OPTIONS, Case, make_ours, make_stock, three
 from peft import LoraConfig, get_peft_model
 from peft_layers import K, N, One, Setting, base_layer
-from tiny_models import DUPLICATES
+from tiny_models import DUPLICATES, assert_as_exact, gpt2, llama, tokens
 from torch import Tensor, nn
 
 import lora_ops
@@ -100,6 +100,36 @@ def test_a_model_trains(kind: str) -> None:
         optimizer.zero_grad()
     assert losses[-1] < losses[0] / 2
     assert not any(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:lora_bias")
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("kind", ["dora", "bias"])
+def test_a_model_of_peft_s_computes_the_same_here(tmp_path, kind: str, make) -> None:
+    """Its loss and the gradients of what trains."""
+    torch.manual_seed(0)
+    model = make()
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **OPTIONS[kind])
+    theirs = get_peft_model(copy.deepcopy(model), config)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad and p.dim() == 1:
+                p.mul_(torch.linspace(0.5, 2, len(p)))
+    theirs.save_pretrained(tmp_path)
+    ours = lora_ops.load_adapter(model, tmp_path)
+    wide, results = copy.deepcopy(theirs).double(), []
+    for m in (ours, theirs, wide):
+        loss = m(tokens(), labels=tokens()).loss
+        loss.backward()
+        gradients = {name: p.grad for name, p in m.named_parameters() if p.requires_grad}
+        results.append([loss, *(gradients[name] for name in sorted(gradients, key=of_peft))])
+    assert_as_exact(list(zip(*results, strict=True)))
+
+
+def of_peft(name: str) -> str:
+    """A parameter's name, in a model of PEFT's or of ours, as PEFT's files have it."""
+    name = name.removeprefix("base_model.model.").replace("lora_B_bias.default", "lora_B.bias").replace(".default", "")
+    return name if name.endswith(".bias") else name.removesuffix(".weight")
 
 
 # --- several ----------------------------------------------------------------------------------------------------------
