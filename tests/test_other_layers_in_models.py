@@ -1,6 +1,8 @@
 """`add_lora` over embeddings, convolutions, some of a model's blocks, and modules that are trained as a whole, beside PEFT."""
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import compare
@@ -27,6 +29,7 @@ from lora_ops import (
     remove_lora,
     unmerge_lora,
 )
+from lora_ops.adapters.kinds import from_layer
 
 # What both say of tied weights, fan_in_fan_out and groups.
 pytestmark = pytest.mark.filterwarnings(
@@ -367,6 +370,31 @@ def test_groups_that_do_not_fit() -> None:
         with pytest.raises(ValueError, match="in_groups: groups must be 1 for adapters to be merged, got 2"):
             change(model)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("variant", ["use_dora", "lora_bias"])
+def test_variants_are_of_linear_layers(variant: str, tmp_path: Path) -> None:
+    words = f"{variant} must be False for an embedding or a convolution, got True"
+    for target in ("words", "patches"):
+        model, config = reader(), LoraConfig(target_modules=["proj", target])
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=f"{target}: {words}"):
+            add_lora(model, LoraConfig(target_modules=["proj", target], **{variant: True}))
+        assert_untouched(model, before)
+        add_lora(model, config)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=words):
+            lora_ops.add_adapter(model, LoraConfig(**{variant: True}), "second")
+        with pytest.raises(ValueError, match=words):
+            model.get_submodule(target).add_adapter("second", **{variant: True})
+        lora_ops.save_adapter(model, tmp_path)
+        path = tmp_path / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {variant: True}))
+        with pytest.raises(ValueError, match=f"{target}: {words}"):
+            lora_ops.load_adapter(reader(), tmp_path)
+        assert_untouched(model, before)
+        with pytest.raises(ValueError, match=words):
+            from_layer(getattr(reader(), target))(getattr(reader(), target), **{variant: True})
 
 
 def test_names_that_match_nothing() -> None:

@@ -32,6 +32,8 @@ class LoraConfig:
         layers_to_transform: the indices, one or a list, of the layers in which a list of `target_modules` counts; those
             named in full count anywhere. None: all.
         layers_pattern: the names, or regular expressions, in front of such an index ("layers", "h"). None: any.
+        use_dora: DoRA, see `FusedLoraLinear`.
+        lora_bias: B has a bias that trains, see `FusedLoraLinear`. Not with `use_dora` or "gaussian".
 
     Raises:
         ValueError, TypeError: a field out of its range, by name.
@@ -50,9 +52,18 @@ class LoraConfig:
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    use_dora: bool = False
+    lora_bias: bool = False
 
     def __post_init__(self) -> None:
-        check_adapter(self.r, self.lora_alpha, self.lora_dropout, self.init_lora_weights)
+        check_adapter(
+            self.r,
+            self.lora_alpha,
+            self.lora_dropout,
+            self.init_lora_weights,
+            use_dora=self.use_dora,
+            lora_bias=self.lora_bias,
+        )
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f'bias must be "none", "all" or "lora_only", got {self.bias!r}')
         if not isinstance(self.use_rslora, bool):

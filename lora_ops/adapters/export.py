@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def merge_and_unload(model: Model, to: torch.dtype | None = None) -> Model:
     """Undoes `add_lora`, in place, but for what was learnt: the original modules are back with W0 + ΔW of all active adapters,
-    rounded once, and with their names in the state dict.
+    rounded once (with DoRA and biases of B, what `FusedLoraLinear.merge` says), and with their names in the state dict.
 
     A weight that `add_lora` quantised becomes a dense one in its dtype: the 4-bit values that the adapter was trained beside,
     plus ΔW, not quantised again. bitsandbytes' Linear4bit is one again, quantised again as `FusedLoraLinear.merge` says, or an
@@ -36,7 +36,7 @@ def merge_and_unload(model: Model, to: torch.dtype | None = None) -> Model:
         model.
 
     Raises:
-        ValueError: the model has no LoRA, or a merged weight would not be finite.
+        ValueError: the model has no LoRA, or a layer cannot be merged (`merge_lora`).
         RuntimeError: no adapter is active; some layers are merged and some are not; all are, and `to` is given.
         TypeError: `to` is no dtype of a weight.
         In each case the model is as it was.
@@ -49,7 +49,7 @@ def merge_and_unload(model: Model, to: torch.dtype | None = None) -> Model:
     if not any(merged):
         merge_layers(layers, {name: to or _dtype_of_original(layer) for name, layer in layers.items()})
     for layer in layers.values():
-        layer.unmerged_weight = layer.merge_error = None  # what is merged is the weight from now on
+        layer.unmerged_weight = layer.unmerged_bias = layer.merge_error = None  # what is merged is the weight from now on
         if to is not None and layer.bias is not None and layer.bias.dtype != to:
             layer.bias = nn.Parameter(layer.bias.detach().to(to))
         if _was_linear4bit(layer) and not isinstance(layer.weight, NF4Weight):

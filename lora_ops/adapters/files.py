@@ -2,6 +2,8 @@
 
 base_model.model.<module>.lora_A.weight (r, K)          base_model.model.<module>.lora_B.weight (N, r)
 base_model.model.<module>.lora_embedding_A (r, V)       base_model.model.<module>.lora_embedding_B (N, r)
+base_model.model.<module>.lora_B.bias (N,)              with lora_bias
+base_model.model.<module>.lora_magnitude_vector (N,)    with use_dora
 base_model.model.<module>.base_layer.bias (N,)          where LoraConfig.bias is not "none"
 base_model.model.<module>.<anything>                    of modules_to_save
 base_model.model.<module>.base_layer.weight             of embeddings and output layers, see save_embedding_layers
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from .config import LoraConfig, is_all_linear
 from .embeddings import base_embeddings, check_not_tied, embeddings_to_save
 from .injection import Injection, add_lora, lora_layers
-from .kinds import LoraLayer, factor_names, factor_shapes
+from .kinds import LoraLayer, check_variants, factor_names, factor_shapes
 from .switching import add_adapter
 from .targets import targeted_modules
 from .whole_modules import ModulesToSaveWrapper, modules_to_save, whole_modules
@@ -33,12 +35,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_KEYS = ("lora_B.bias", "lora_magnitude_vector")  # of a layer's parameter_dicts behind A and B
 
 # What PEFT 0.21 writes of features that are not used. Another value of one of them is another forward, and is refused.
 _UNUSED: dict[str, Any] = {
-    "alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None, "layer_replication": None, "lora_bias": False,
+    "alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None, "layer_replication": None,
     "megatron_config": None, "monteclora_config": None, "target_parameters": None, "trainable_token_indices": None,
-    "use_bdlora": None, "use_dora": False, "use_qalora": False, "velora_config": None,
+    "use_bdlora": None, "use_qalora": False, "velora_config": None,
 }  # fmt: skip
 # What says nothing of the forward of a finished adapter.
 _NOTES: dict[str, Any] = {
@@ -49,7 +52,7 @@ _NOTES: dict[str, Any] = {
 }  # fmt: skip
 _OURS = (
     "r", "target_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora", "exclude_modules", "init_lora_weights",
-    "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layers_pattern", "use_dora", "lora_bias",
 )  # fmt: skip
 _KEPT_BASE = (True, False, "gaussian", "eva", "orthogonal")  # initialisations that leave W0 as it is
 
@@ -88,10 +91,7 @@ def save_adapter(
         raise ValueError(f"adapter_name must be an adapter of the model's LoRA layers, got {adapter_name!r}")
     config = _NOTES | _UNUSED | _configuration(model, layers, adapter_name)
     config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        of_A, of_B = factor_names(layer)
-        tensors[f"{name}.{of_A}"], tensors[f"{name}.{of_B}"] = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    tensors: dict[str, Tensor] = {**_parameters(layers, adapter_name)}
     tensors |= _beside_factors(model, layers, config["bias"], _whole(model, adapter_name), adapter_name)
     targets = _injected_config(model).target_modules
     tensors |= embeddings_to_save(model, layers, targets, save_embedding_layers)
@@ -138,28 +138,35 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
         name = sorted(layers.keys() ^ targets.keys())[0]
         raise ValueError(f"{folder / CONFIG}: target_modules and the model's LoRA layers differ in {name}")
     for name, layer in layers.items():
-        if adapter_name in layer.lora_A and layer.r[adapter_name] != config.rank_of(name):
-            r = layer.r[adapter_name]
-            raise ValueError(
-                f'{name} has an adapter "{adapter_name}" of rank {r}, and {folder / CONFIG} says {config.rank_of(name)}: '
-                "delete_adapter() it first, or load it under another name"
-            )
+        if adapter_name not in layer.lora_A:
+            continue
+        for field, asked in (("r", config.rank_of(name)), ("use_dora", config.use_dora), ("lora_bias", config.lora_bias)):
+            found = getattr(layer, field)[adapter_name]
+            if found != asked:
+                raise ValueError(
+                    f'{name} has an adapter "{adapter_name}" with {field}={found}, and {folder / CONFIG} says {asked}: '
+                    "delete_adapter() it first, or load it under another name"
+                )
     if any(adapter_name in layer.lora_A for layer in layers.values()) and whole.keys() != _whole(model, adapter_name).keys():
         raise ValueError(f'{folder / CONFIG}: modules_to_save is not what the model\'s adapter "{adapter_name}" has')
 
-    dtype = _adapter_dtype(tensors, targets)
+    dtype, of_magnitude = (_adapter_dtype(tensors, targets, magnitudes=magnitudes) for magnitudes in (False, True))
+    is_new = True
     if not layers:
         add_lora(model, config, adapter_name, adapter_dtype=dtype)
     elif not all(adapter_name in layer.lora_A for layer in layers.values()):
         add_adapter(model, config, adapter_name, adapter_dtype=dtype)
+    else:
+        is_new = False
+    layers = dict(lora_layers(model))
     with torch.no_grad():
-        for name, layer in lora_layers(model):
-            of_A, of_B = factor_names(layer)
-            layer.lora_A[adapter_name].copy_(tensors[f"{_PREFIX}{name}.{of_A}"])
-            layer.lora_B[adapter_name].copy_(tensors[f"{_PREFIX}{name}.{of_B}"])
+        for name, layer in layers.items():
+            if is_new and config.use_dora:
+                magnitude = layer.lora_magnitude_vector[adapter_name]
+                magnitude.data = magnitude.data.to(of_magnitude)
             layer.set_scaling(adapter_name, config.alpha_of(name), config.use_rslora)
-        layers = dict(lora_layers(model))
         places = _beside_factors(model, layers, config.bias, _whole(model, adapter_name), adapter_name)
+        places |= _parameters(layers, adapter_name)
         for name, place in (places | base_embeddings(model, layers)).items():
             if _PREFIX + name in tensors:
                 place.copy_(tensors[_PREFIX + name])
@@ -169,7 +176,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
 def _configuration(model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, Any]:
     """What the layers are, as a configuration: the most common rank and lora_alpha, and a pattern for each other."""
     found = {}
-    for field in ("lora_dropout", "use_rslora"):
+    for field in ("lora_dropout", "use_rslora", "use_dora", "lora_bias"):
         values = {getattr(layer, field)[adapter_name] for layer in layers.values()}
         if len(values) > 1:
             raise ValueError(f'{field} must be the same in all layers of adapter "{adapter_name}", got {sorted(values)}')
@@ -192,6 +199,16 @@ def _configuration(model: nn.Module, layers: Mapping[str, LoraLayer], adapter_na
         "layers_pattern": None,
         "init_lora_weights": config.init_lora_weights,
         "bias": config.bias,
+    }
+
+
+def _parameters(layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, nn.Parameter]:
+    """An adapter's, by their names in a PEFT model's file."""
+    return {
+        f"{name}.{key}": parameters[adapter_name]
+        for name, layer in layers.items()
+        for key, parameters in zip((*factor_names(layer), *_KEYS), layer.parameter_dicts, strict=True)
+        if adapter_name in parameters
     }
 
 
@@ -306,10 +323,15 @@ def _check_tensors(
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in targets.items():
         try:
+            check_variants(module, config.use_dora, config.lora_bias)
             of_A, of_B = factor_shapes(module, config.rank_of(name))
         except ValueError as error:
             raise ValueError(f"{path}: {name}: {error}") from error
         shapes |= {f"{_PREFIX}{name}.{factor}": shape for factor, shape in zip(factor_names(module), (of_A, of_B), strict=True)}
+        if config.lora_bias:
+            shapes[f"{_PREFIX}{name}.lora_B.bias"] = of_B[:1]
+        if config.use_dora:
+            shapes[f"{_PREFIX}{name}.lora_magnitude_vector"] = of_B[:1]
     given = {name: t for name, t in optional.items() if _PREFIX + name in tensors}
     shapes |= {_PREFIX + name: tuple(t.shape) for name, t in {**beside, **given}.items()}
     whole_numbers = {_PREFIX + name: t.dtype for name, t in beside.items() if not t.is_floating_point()}
@@ -331,9 +353,10 @@ def _check_tensors(
             raise ValueError(f"{path}: {key} has values that are not finite")
 
 
-def _adapter_dtype(tensors: Mapping[str, Tensor], targets: Mapping[str, nn.Module]) -> torch.dtype:
-    """The files' dtype where the kernels take it beside every weight, else fp32 (fp64 beside fp64)."""
-    dtypes = {t.dtype for name, t in tensors.items() if ".lora_" in name}
+def _adapter_dtype(tensors: Mapping[str, Tensor], targets: Mapping[str, nn.Module], *, magnitudes: bool) -> torch.dtype:
+    """The files' dtype, of magnitudes or of the rest, where the kernels take it beside every weight, else fp32 (fp64 beside
+    fp64)."""
+    dtypes = {t.dtype for name, t in tensors.items() if ".lora_" in name and name.endswith("magnitude_vector") == magnitudes}
     weights = {module.weight.dtype for module in targets.values()}  # uint8 is in 4 bits
     (dtype,) = dtypes if len(dtypes) == 1 else {torch.float32}
     beside_half = dtype == torch.float32 and torch.float64 not in weights

@@ -45,8 +45,9 @@ def add_lora(
     Targeted are the layers that PEFT's LoRA would target: linear layers become `FusedLoraLinear`s, embeddings
     `FusedLoraEmbedding`s, convolutions `FusedLoraConv1d`s, 2d's and 3d's. Weights are shared, not copied; the names in the
     state dict stay, and `<layer>.lora_A.<adapter_name>` (r, K) and `<layer>.lora_B.<adapter_name>` (N, r) join them (of an
-    embedding, `lora_embedding_A` and `lora_embedding_B`). A module that sits in several places is replaced in all of them by
-    one layer. A layer's forward and backward hooks go on running.
+    embedding, `lora_embedding_A` and `lora_embedding_B`), as do, (N,) each, `<layer>.lora_B_bias.<adapter_name>` with
+    `lora_bias` and `<layer>.lora_magnitude_vector.<adapter_name>` with `use_dora`, which linear layers alone can have. A module
+    that sits in several places is replaced in all of them by one layer. A layer's forward and backward hooks go on running.
 
     A weight that is tied stays so: an output layer that shares an embedding's weight has that weight, without the embedding's
     adapter, also while this is merged. What `modules_to_save` names is wrapped in a `ModulesToSaveWrapper`, which has a copy of
@@ -107,6 +108,8 @@ def add_lora(
                     init_lora_weights=config.init_lora_weights,
                     adapter_dtype=adapter_dtype,
                     adapter_name=adapter_name,
+                    use_dora=config.use_dora,
+                    lora_bias=config.lora_bias,
                     **(of_linear if make == FusedLoraLinear.from_linear else {}),
                 )
             except (ValueError, TypeError) as error:
@@ -179,14 +182,14 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The trainable parameters of the model's adapters: every A and B, and the modules that are trained as a whole
-    (`modules_to_save`), each once. Trained biases are not among them.
+    """The trainable parameters of the model's adapters: every A and B, biases of B and DoRA's magnitudes, and the modules that
+    are trained as a whole (`modules_to_save`), each once. The layers' own biases (`LoraConfig.bias`) are not among them.
 
     Raises:
         ValueError: there are none.
     """
     layers = [layer for _, layer in lora_layers(model)]
-    parameters = [p for layer in layers for pair in (layer.lora_A, layer.lora_B) for p in pair.values()]
+    parameters = [p for layer in layers for of_adapters in layer.parameter_dicts for p in of_adapters.values()]
     parameters += [p for _, wrapper in whole_modules(model) for p in wrapper.parameters()]
     trainable = [p for p in dict.fromkeys(parameters) if p.requires_grad]
     if not trainable:
@@ -200,7 +203,8 @@ def merge_lora(model: Model, to: torch.dtype | None = None) -> Model:
     Raises:
         RuntimeError: a layer is merged already.
         TypeError: `to` is no dtype of a weight.
-        ValueError: there is no layer with LoRA, or a merged weight would not be finite.
+        ValueError: there is no layer with LoRA, or one that cannot be merged (a weight that would not be finite, a bias of B
+            and no bias to take it).
     """
     layers = _layers_to_change(model, merged=False)
     merge_layers(layers, dict.fromkeys(layers, to))

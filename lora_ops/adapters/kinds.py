@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..nn.conv import FusedLoraConv, FusedLoraConv1d, FusedLoraConv2d, FusedLoraConv3d, conv_factor_shapes, is_conv
-from ..nn.dense import DenseAdapters
+from ..nn.dense import DenseAdapters, check_plain
 from ..nn.embedding import FusedLoraEmbedding, is_embedding
 from ..nn.linear import FusedLoraLinear, is_conv1d
 
@@ -21,6 +21,12 @@ def from_layer(module: nn.Module) -> Callable[..., LoraLayer]:
         if is_conv(module) and isinstance(module, fused.conv_class):
             return fused.from_conv
     return FusedLoraLinear.from_linear
+
+
+def check_variants(module: nn.Module, use_dora: bool, lora_bias: bool) -> None:
+    """Raises ValueError for what only linear layers can have."""
+    if isinstance(module, DenseAdapters) or is_embedding(module) or is_conv(module):
+        check_plain(use_dora, lora_bias)
 
 
 def factor_names(module: nn.Module) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from torch import nn
 from ..nn.adapter import check_adapter_name
 from .config import LoraConfig
 from .injection import lora_layers
-from .kinds import LoraLayer
+from .kinds import LoraLayer, check_variants
 from .whole_modules import copies_of, modules_to_save, whole_modules, wrap
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,6 +33,7 @@ def add_adapter(model: Model, config: LoraConfig, adapter_name: str, *, adapter_
     if taken:
         raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}, which {taken[0]} has already")
     for name, layer in layers.items():
+        check_variants(layer, config.use_dora, config.lora_bias)
         layer._factor_shapes(config.rank_of(name))  # raises where the layer cannot have it
     copies = copies_of(modules_to_save(model, config, {layer: name for name, layer in layers.items()}))
     for name, layer in layers.items():
@@ -44,6 +45,8 @@ def add_adapter(model: Model, config: LoraConfig, adapter_name: str, *, adapter_
             use_rslora=config.use_rslora,
             init_lora_weights=config.init_lora_weights,
             adapter_dtype=adapter_dtype,
+            use_dora=config.use_dora,
+            lora_bias=config.lora_bias,
         )
     wrap(model, copies, adapter_name)
     for _, wrapper in whole_modules(model):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..convolution import CONVOLUTIONS, Geometry, convolve, lora_convolve
 from ..stacking import stack
 from .adapter import check_adapter, check_adapter_name
-from .dense import DenseAdapters
+from .dense import DenseAdapters, check_plain
 
 
 class FusedLoraConv(DenseAdapters):
@@ -65,7 +65,7 @@ class FusedLoraConv(DenseAdapters):
         conv = self.conv_class(in_channels, out_channels, *geometry, bias, padding_mode, device=device, dtype=dtype)
         check_groups(conv, r)
         self._wrap(conv)
-        self._new_adapter("default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        self._new_adapter("default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, False, False)
         self.active_adapters = ["default"]
 
     @classmethod
@@ -80,6 +80,8 @@ class FusedLoraConv(DenseAdapters):
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
         adapter_name: str = "default",
+        use_dora: bool = False,
+        lora_bias: bool = False,
     ) -> "FusedLoraConv":
         """Wraps the nn.Conv of that many dimensions, sharing its weight and bias, which are frozen: nothing is copied.
 
@@ -89,6 +91,7 @@ class FusedLoraConv(DenseAdapters):
         """
         check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
         check_adapter_name(adapter_name)
+        check_plain(use_dora, lora_bias)
         if not is_conv(conv) or not isinstance(conv, cls.conv_class):
             name = cls.conv_class.__name__
             raise TypeError(f"conv must be an nn.{name} with its own forward, got {type(conv).__name__}")
@@ -96,7 +99,9 @@ class FusedLoraConv(DenseAdapters):
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module._wrap(conv)
-        module._new_adapter(adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        module._new_adapter(
+            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, False, False
+        )
         module.active_adapters = [adapter_name]
         module.train(conv.training)
         return module

@@ -15,13 +15,18 @@ class DenseAdapters(NamedAdapters):
     bias: Tensor | None
     # W0 while it is merged: the very parameter, so that what is tied to it stays tied. Not registered: no state dict has it.
     unmerged_weight: Tensor | None
+    unmerged_bias: None  # which DoRA and biases of B would change
     merge_error: float | None  # None, always: that of a weight in 4 bits (`FusedLoraLinear`)
 
     def _setup(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = weight.requires_grad_(False)
         self.bias = None if bias is None else bias.requires_grad_(False)
-        self.unmerged_weight = self.merge_error = None
+        self.unmerged_weight = self.unmerged_bias = self.merge_error = None
         self._setup_adapters()
+
+    def _new_adapter(self, *args: Any) -> None:
+        check_plain(*args[-2:])
+        super()._new_adapter(*args)
 
     @property
     def merged(self) -> bool:
@@ -97,3 +102,10 @@ class DenseAdapters(NamedAdapters):
 
     def _merged_repr(self) -> str:
         return f"{self._adapters_repr()}{', merged' if self.merged else ''}"
+
+
+def check_plain(use_dora: bool, lora_bias: bool) -> None:
+    """Raises ValueError for what embeddings and convolutions cannot have."""
+    for field, value in (("use_dora", use_dora), ("lora_bias", lora_bias)):
+        if value:
+            raise ValueError(f"{field} must be False for an embedding or a convolution, got True")

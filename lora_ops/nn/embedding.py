@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..embedding import add_low_rank
 from .adapter import check_adapter, check_adapter_name
-from .dense import DenseAdapters
+from .dense import DenseAdapters, check_plain
 
 
 class FusedLoraEmbedding(DenseAdapters):
@@ -58,7 +58,7 @@ class FusedLoraEmbedding(DenseAdapters):
         super().__init__()
         settings = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         self._wrap(nn.Embedding(num_embeddings, embedding_dim, *settings, device=device, dtype=dtype))
-        self._new_adapter("default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        self._new_adapter("default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, False, False)
         self.active_adapters = ["default"]
 
     @classmethod
@@ -73,6 +73,8 @@ class FusedLoraEmbedding(DenseAdapters):
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
         adapter_name: str = "default",
+        use_dora: bool = False,
+        lora_bias: bool = False,
     ) -> "FusedLoraEmbedding":
         """Wraps an `nn.Embedding`, sharing its weight, which is frozen: nothing is copied.
 
@@ -85,12 +87,15 @@ class FusedLoraEmbedding(DenseAdapters):
         """
         check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
         check_adapter_name(adapter_name)
+        check_plain(use_dora, lora_bias)
         if not is_embedding(embedding):
             raise TypeError(f"embedding must be an nn.Embedding with its own forward, got {type(embedding).__name__}")
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module._wrap(embedding)
-        module._new_adapter(adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        module._new_adapter(
+            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, False, False
+        )
         module.active_adapters = [adapter_name]
         module.train(embedding.training)
         return module
