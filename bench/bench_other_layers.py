@@ -2,7 +2,7 @@
 
     pytest bench/bench_other_layers.py -s      one thread; LORA_OPS_BENCH_THREADS=2 for two
 
-A side's figure is the minimum of its calls. Convolutions are those that are matrix products; x has its channels first in memory,
+The figures are minima of many calls. Convolutions are those that are matrix products; x has its channels first in memory,
 as torch makes it, or last.
 """
 
