@@ -141,6 +141,15 @@ def test_merged_is_unmerged(of: dict) -> None:
         assert torch.equal(ours(x), before)
 
 
+def test_the_padding_mode_may_be_assigned_to() -> None:
+    """As is done to make images that can be tiled."""
+    theirs, ours = make(lambda: nn.Conv2d(4, 10, 3, padding=1))
+    x = make_x((2, 4, 6, 5))
+    for module in (theirs.base_layer, ours):
+        module.padding_mode = "circular"
+    assert_as_near(ours, Corrected(theirs), x)
+
+
 def test_delta_weight_is_peft_s() -> None:
     theirs, ours = make(lambda: nn.Conv2d(4, 10, (3, 2)), names=("default", "second"))
     for name in ("default", "second"):
