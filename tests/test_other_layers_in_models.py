@@ -221,6 +221,14 @@ def test_tied_ends(targets: list[str]) -> None:
     assert_as_exact([(merge_and_unload(wide)(tokens()).logits.float(), expected, exact)])
 
 
+def test_a_part_that_is_tied() -> None:
+    model = nn.ModuleList([llama(tie_word_embeddings=True)])
+    add_lora(model[0], LoraConfig(target_modules=["embed_tokens"]))
+    with pytest.warns(UserWarning, match="not tied any more: tie_word_embeddings is now False"):
+        merge_and_unload(model)
+    assert not model[0].config.tie_word_embeddings
+
+
 def test_tied_weights_are_spoken_of() -> None:
     with pytest.warns(UserWarning, match=r"words and head share a weight\. Each keeps it, merged or not"):
         add_lora(reader(), LoraConfig(target_modules=["words"]))
