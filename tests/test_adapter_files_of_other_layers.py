@@ -205,8 +205,11 @@ def test_several_adapters(tmp_path: Path) -> None:
 
 def test_another_adapter_s_copy_is_left_alone(tmp_path: Path) -> None:
     fields = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
-    for name in ("default", "second"):
-        lora_ops.save_adapter(shaken(lora_ops.add_lora(untied(), LoraConfig(**options_of(fields)), name)), tmp_path, name)
+    for factor, name in enumerate(("default", "second"), start=1):
+        model = shaken(lora_ops.add_lora(untied(), LoraConfig(**options_of(fields)), name))
+        for p in lora_ops.lora_parameters(model):
+            p.data *= factor
+        lora_ops.save_adapter(model, tmp_path, name)
     model = lora_ops.load_adapter(untied(), tmp_path)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     lora_ops.load_adapter(model, tmp_path / "second", "second")
