@@ -63,7 +63,7 @@ def report(name: str, base: nn.Module, x: Tensor) -> None:
     x = x.requires_grad_() if x.is_floating_point() else x
     both_of_stock, both = minima([stock, patched], x, backward=True)
     print(
-        f"\\n{name:58} forward: bare {bare * 1e3:7.2f} ms, PEFT {of_stock * 1e3:7.2f}, patched {of_patched * 1e3:7.2f}: "
+        f"\n{name:58} forward: bare {bare * 1e3:7.2f} ms, PEFT {of_stock * 1e3:7.2f}, patched {of_patched * 1e3:7.2f}: "
         f"{of_stock / of_patched:.2f} x   forward+backward: PEFT {both_of_stock * 1e3:7.2f}, patched {both * 1e3:7.2f}: "
         f"{both_of_stock / both:.2f} x"
     )

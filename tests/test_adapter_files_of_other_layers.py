@@ -203,6 +203,43 @@ def test_several_adapters(tmp_path: Path) -> None:
     assert_same_tensors(load_file(tmp_path / "second" / WEIGHTS), load_file(tmp_path / "again" / "second" / WEIGHTS))
 
 
+def test_another_adapter_s_copy_is_left_alone(tmp_path: Path) -> None:
+    fields = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    for factor, name in enumerate(("default", "second"), start=1):
+        model = shaken(lora_ops.add_lora(untied(), LoraConfig(**options_of(fields)), name))
+        for p in lora_ops.lora_parameters(model):
+            p.data *= factor
+        lora_ops.save_adapter(model, tmp_path, name)
+    model = lora_ops.load_adapter(untied(), tmp_path)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    lora_ops.load_adapter(model, tmp_path / "second", "second")
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in before.items())
+
+
+def test_an_adapter_without_the_other_one_s_whole_modules(tmp_path: Path) -> None:
+    """Its file names the layers that it has, which the other one's `modules_to_save` has kept from others."""
+    model = lora_ops.add_lora(
+        reader(), LoraConfig(**options_of({"target_modules": ["proj", "mix.0"], "modules_to_save": ["mix"]}))
+    )
+    lora_ops.add_adapter(model, LoraConfig(**options_of({})), "second")
+    for name, targets in (("default", ["mix.0", "proj"]), ("second", ["proj"])):
+        lora_ops.save_adapter(model, tmp_path, name)
+        theirs = peft.PeftModel.from_pretrained(reader(), tmp_path if name == "default" else tmp_path / name)
+        assert theirs.base_model.targeted_module_names == ["proj"]
+        assert read(tmp_path if name == "default" else tmp_path / name)[0]["target_modules"] == targets
+
+
+def test_an_output_layer_in_4_bits(tmp_path: Path) -> None:
+    """Its base weight is not saved."""
+    config = LoraConfig(**options_of({"target_modules": ["lm_head", "embed_tokens"]}))
+    model = lora_ops.add_lora(untied(), config, quant="nf4")
+    lora_ops.save_adapter(model, tmp_path)
+    written = load_file(tmp_path / WEIGHTS)
+    assert [name for name in written if "base_layer" in name] == ["base_model.model.model.embed_tokens.base_layer.weight"]
+    again = lora_ops.load_adapter(lora_ops.add_lora(untied(), config, quant="nf4"), tmp_path)
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+
+
 # --- what is damaged or does not fit ------------------------------------------------------------------------------------
 
 

@@ -50,6 +50,7 @@ OTHERS = {
 CORRECTED = {
     "1d dilated": (lambda: nn.Conv1d(6, 10, 3, padding="same", dilation=2), (2, 6, 9)),
     "1d circular": (lambda: nn.Conv1d(6, 10, 3, padding=1, padding_mode="circular"), (2, 6, 9)),
+    "1d patches with holes": (lambda: nn.Conv1d(6, 10, 3, 5, dilation=2), (2, 6, 17)),
     "2d dilated": (lambda: nn.Conv2d(4, 10, 3, dilation=(2, 1)), (2, 4, 6, 5)),
     "2d reflected": (lambda: nn.Conv2d(4, 10, (3, 2), padding=(1, 2), padding_mode="reflect"), (2, 4, 6, 5)),
     "2d replicated, same": (lambda: nn.Conv2d(4, 10, (3, 4), padding="same", padding_mode="replicate"), (2, 4, 6, 5)),
@@ -139,6 +140,15 @@ def test_merged_is_unmerged(of: dict) -> None:
         assert ours.weight is shared
         assert torch.equal(ours.weight, W0)
         assert torch.equal(ours(x), before)
+
+
+def test_the_padding_mode_may_be_assigned_to() -> None:
+    """As is done to make images that can be tiled."""
+    theirs, ours = make(lambda: nn.Conv2d(4, 10, 3, padding=1))
+    x = make_x((2, 4, 6, 5))
+    for module in (theirs.base_layer, ours):
+        module.padding_mode = "circular"
+    assert_as_near(ours, Corrected(theirs), x)
 
 
 def test_delta_weight_is_peft_s() -> None:

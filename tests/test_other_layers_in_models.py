@@ -84,6 +84,7 @@ TARGETS: list[tuple[Any, dict]] = [
     (llama, {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["h", "layers"]}),
     (llama, {"target_modules": ["q_proj", "embed_tokens", "model.layers.1.mlp.up_proj"], "layers_to_transform": [0]}),
     (llama, {"layers_to_transform": [1]}),
+    (llama, {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": r"(h|(lay|play)ers)"}),
     (gpt2, {"target_modules": ["c_attn"], "layers_to_transform": [1], "layers_pattern": "h"}),
     (Mlp, {"target_modules": ["0", "2", "first"], "layers_to_transform": [0]}),
     (llama, {"target_modules": "all-linear", "modules_to_save": ["lm_head"]}),
@@ -91,6 +92,7 @@ TARGETS: list[tuple[Any, dict]] = [
     (llama, {"target_modules": ["q_proj"], "modules_to_save": ["norm", "score"]}),
     (llama, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "head"]}),
     (Reader, {"target_modules": ["proj", "mix.0"], "modules_to_save": ["norm", "patches"]}),
+    (Reader, {"target_modules": ["proj"], "modules_to_save": ["norm", "patches"], "bias": "all"}),
     (Mlp, {"target_modules": "all-linear", "modules_to_save": ["block"]}),
 ]
 
@@ -224,6 +226,14 @@ def test_tied_ends(targets: list[str]) -> None:
     assert_as_exact([(merge_and_unload(wide)(tokens()).logits.float(), expected, exact)])
 
 
+def test_a_part_that_is_tied() -> None:
+    model = nn.ModuleList([llama(tie_word_embeddings=True)])
+    add_lora(model[0], LoraConfig(target_modules=["embed_tokens"]))
+    with pytest.warns(UserWarning, match="not tied any more: tie_word_embeddings is now False"):
+        merge_and_unload(model)
+    assert not model[0].config.tie_word_embeddings
+
+
 def test_tied_weights_are_spoken_of() -> None:
     with pytest.warns(UserWarning, match=r"words and head share a weight\. Each keeps it, merged or not"):
         add_lora(reader(), LoraConfig(target_modules=["words"]))
@@ -270,6 +280,14 @@ def test_named_adapters() -> None:
     assert torch.equal(model(inputs()), y)
     merged = merge_and_unload(copy.deepcopy(model))
     assert torch.equal(merged.norm.weight, model.norm.modules_to_save["default"].weight)
+
+
+def test_the_mode_is_kept() -> None:
+    for training in (True, False):
+        model = add_lora(reader().train(training), LoraConfig(r=4, **EVERYTHING))
+        lora_ops.add_adapter(model, LoraConfig(r=4, **EVERYTHING), "second")
+        assert {m.training for m in model.modules()} == {training}
+        assert {m.training for m in remove_lora(model).modules()} == {training}
 
 
 def test_a_whole_module_trains() -> None:

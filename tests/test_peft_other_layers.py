@@ -135,6 +135,12 @@ def test_reasons(change, reason: str) -> None:
     assert integration.report(patched).not_fused == {"base_model.model.layer": reason}
 
 
+def test_a_distributed_embedding_is_peft_s() -> None:
+    _, patched = pair(nn.Embedding(V, N))
+    layer_of(patched).input_fns["default"] = lambda inputs: inputs[0]
+    assert integration.report(patched).not_fused == {"base_model.model.layer": 'adapter "default": it is distributed'}
+
+
 def test_dora_is_peft_s() -> None:
     for base, x, name in (
         (nn.Conv2d(12, 20, 1), make_x((3, 12, 5, 4)), "DoraConv2d"),

@@ -116,9 +116,9 @@ def in_layers(config: LoraConfig, module_name: str) -> bool:
     if wanted is None or wanted == [] or module_name in (config.target_modules or ()):
         return True
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    regexes = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns or ()] or [r".*?\.[^.]*\.(\d+)\."]
+    regexes = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in patterns or ()] or [r".*?\.[^.]*\.(?P<index>\d+)\."]
     match = next((m for m in (re.match(regex, module_name) for regex in regexes) if m), None)
-    return match is not None and int(match.groups()[-1]) in ([wanted] if isinstance(wanted, int) else wanted)
+    return match is not None and int(match["index"]) in ([wanted] if isinstance(wanted, int) else wanted)
 
 
 def is_saved_whole(config: LoraConfig, module_name: str) -> bool:

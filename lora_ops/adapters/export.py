@@ -41,7 +41,8 @@ def merge_and_unload(model: Model, to: torch.dtype | None = None) -> Model:
         TypeError: `to` is no dtype of a weight.
         In each case the model is as it was.
     """
-    owned = {part for owner in injected_models(model) for part in owner.modules()}
+    owners = injected_models(model)
+    owned = {part for owner in owners for part in owner.modules()}
     layers = {name: layer for name, layer in lora_layers(model) if layer in owned and "original" in vars(layer)}
     merged = [layer.merged for layer in layers.values()]
     if any(merged) and (to is not None or not all(merged)):
@@ -57,7 +58,8 @@ def merge_and_unload(model: Model, to: torch.dtype | None = None) -> Model:
     for _, wrapper in whole_modules(model):
         wrapper.original_module = wrapper.current
     remove_lora(model)
-    _untie(model)
+    for part in {model, *owners}:
+        _untie(part)
     return model
 
 

@@ -69,9 +69,10 @@ def add_lora(
         model.
 
     Raises:
-        ValueError: `target_modules` matches nothing, the model has an adapter already (one at a time), or a weight cannot be
-            quantised.
-        TypeError: a targeted module is not a layer that can be replaced, or an argument is of the wrong type.
+        ValueError: `target_modules` matches nothing, the model has an adapter already (one at a time), a weight cannot be
+            quantised, a rank is no multiple of a convolution's groups, or `modules_to_save` names what has or holds an adapter.
+        TypeError: a targeted module is not a layer that can be replaced, `modules_to_save` names a mere container, or an
+            argument is of the wrong type.
         In each case the model is as it was.
     """
     if not isinstance(model, nn.Module):

@@ -49,8 +49,6 @@ def add_adapter(model: Model, config: LoraConfig, adapter_name: str, *, adapter_
             lora_bias=config.lora_bias,
         )
     wrap(model, copies, adapter_name)
-    for _, wrapper in whole_modules(model):
-        wrapper.set_adapter(next(iter(layers.values())).active_adapters)
     return model
 
 

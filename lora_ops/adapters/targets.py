@@ -12,7 +12,6 @@ from ..nn.embedding import is_embedding
 from ..nn.linear import FusedLoraLinear, is_conv1d
 from ..nn.quantized import is_linear4bit
 from .config import LoraConfig, Targets, in_layers, is_all_linear, is_saved_whole, matches_pattern, matches_targets
-from .whole_modules import whole_modules
 
 # PEFT's choice of target_modules where the user makes none.
 _DEFAULT_TARGETS: dict[tuple[str, ...], str] = {
@@ -48,8 +47,7 @@ def targeted_modules(model: nn.Module, config: LoraConfig) -> dict[nn.Module, st
     Raises:
         ValueError: there are none.
     """
-    copies = {part for _, wrapper in whole_modules(model) for part in wrapper.modules() if part is not wrapper}
-    modules = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if name and m not in copies]
+    modules = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if name]
     linears = {m for _, m in modules if isinstance(m, nn.Linear | FusedLoraLinear) or is_conv1d(m)}
     has = f"The model has linear layers such as {some(name for name, m in modules if m in linears)}"
     wanted = config.target_modules or _default_targets(model)

@@ -45,8 +45,7 @@ class ModulesToSaveWrapper(nn.Module):
 
     def add_adapter(self, adapter_name: str, module: nn.Module) -> None:
         """Gives an adapter its copy. Not active, and not trained, before `set_adapter`."""
-        self.modules_to_save[adapter_name] = module.requires_grad_(False).train(self.training)
-        self.set_adapter(self.active_adapters)
+        self.modules_to_save[adapter_name] = module.requires_grad_(False)
 
     def check_adapters(self, adapter_names: Sequence[str]) -> None:
         """Raises ValueError if more than one of these adapters has a copy."""

@@ -37,6 +37,7 @@ class FusedLoraConv(DenseAdapters):
     """
 
     conv_class: ClassVar[type[nn.Module]]
+    groups: int
 
     def __init__(
         self,
@@ -109,17 +110,21 @@ class FusedLoraConv(DenseAdapters):
     def _wrap(self, conv: Any) -> None:
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.in_features, self.out_features = conv.in_channels, conv.out_channels
-        self.geometry = Geometry.of(conv)
-        for name, value in self.geometry._asdict().items():
+        for name, value in Geometry.of(conv)._asdict().items():
             setattr(self, name, value)
         self._setup(conv.weight, conv.bias)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of the windows, from the attributes that an nn.Conv has for it, which may be assigned to."""
+        return Geometry.of(self)
 
     def _factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return conv_factor_shapes(self, r)
 
     def _matrices(self, name: str) -> tuple[Tensor, Tensor]:
-        if self.geometry.groups > 1:
-            raise ValueError(f"adapter_name must be of a layer without groups, got {name!r} of one with {self.geometry.groups}")
+        if self.groups > 1:
+            raise ValueError(f"adapter_name must be of a layer without groups, got {name!r} of one with {self.groups}")
         return self.lora_A[name].flatten(1), self.lora_B[name].flatten(1)
 
     def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor, float]:
@@ -127,16 +132,17 @@ class FusedLoraConv(DenseAdapters):
         return stack(As, Bs, [self.scaling[name] for name in names])
 
     def forward(self, x: Tensor) -> Tensor:
+        geometry = self.geometry
         if self._is_frozen_layer:
-            return convolve(x, self.weight, self.bias, self.geometry)
-        if self.geometry.is_product:
+            return convolve(x, self.weight, self.bias, geometry)
+        if geometry.is_product:
             together, apart = self._together_and_apart()
             A, B, scaling = self._factors(together)
             dropout_p = self.lora_dropout[together[0]]
             options: dict[str, Any] = {"scaling": scaling, "dropout_p": dropout_p, "training": self.training}
-            y = lora_convolve(x, self.weight, A, B, self.geometry, self.bias, **options)
+            y = lora_convolve(x, self.weight, A, B, geometry, self.bias, **options)
         else:
-            y, apart = convolve(x, self.weight, self.bias, self.geometry), self.active_adapters
+            y, apart = convolve(x, self.weight, self.bias, geometry), self.active_adapters
         total = y
         for name in apart:
             total = total + self._of_adapter(x, name)
@@ -147,13 +153,13 @@ class FusedLoraConv(DenseAdapters):
         A, B = self.lora_A[name], self.lora_B[name]
         dropped = F.dropout(x.to(A.dtype), self.lora_dropout[name], self.training)
         S = convolve(dropped, A, None, self.geometry, groups=1) * self.scaling[name]
-        n = len(self.geometry.kernel_size)
-        of_size_1 = Geometry((1,) * n, (1,) * n, (0,) * n, (1,) * n, self.geometry.groups, "zeros")
+        n = A.dim() - 2
+        of_size_1 = Geometry((1,) * n, (1,) * n, (0,) * n, (1,) * n, self.groups, "zeros")
         return convolve(S, B, None, of_size_1)
 
     def _delta(self, A: Tensor, B: Tensor) -> Tensor:
-        if self.geometry.groups > 1:
-            raise ValueError(f"groups must be 1 for adapters to be merged, got {self.geometry.groups}: A sees all channels")
+        if self.groups > 1:
+            raise ValueError(f"groups must be 1 for adapters to be merged, got {self.groups}: A sees all channels")
         return (B.flatten(1) @ A.flatten(1)).view(self.weight.shape)
 
     def extra_repr(self) -> str:
