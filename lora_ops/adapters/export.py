@@ -58,7 +58,8 @@ def merge_and_unload(model: Model, to: torch.dtype | None = None) -> Model:
     for _, wrapper in whole_modules(model):
         wrapper.original_module = wrapper.current
     remove_lora(model)
-    for part in {model, *owners}:
+    parts: list[nn.Module] = [model, *owners]
+    for part in parts:
         _untie(part)
     return model
 
