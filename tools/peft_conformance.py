@@ -31,18 +31,24 @@ def pytest_configure(config) -> None:  # type: ignore[no-untyped-def]
         return
     from peft.tuners.lora import layer
 
-    from lora_ops.integrations.peft import layers
+    from lora_ops.integrations.peft import layers, other_layers
 
     calls = 0
-    fused = layers.fused_forward
 
-    def counted(*args):  # type: ignore[no-untyped-def]
-        nonlocal calls
-        calls += 1
-        return fused(*args)
+    def counted(forward):  # type: ignore[no-untyped-def]
+        def count_it(*args):  # type: ignore[no-untyped-def]
+            nonlocal calls
+            calls += 1
+            return forward(*args)
 
-    layers.fused_forward = counted
+        return count_it
+
+    layers.fused_forward = counted(layers.fused_forward)
     layer.Linear = layers.FusedLinear
+    for name in ("conv_forward", "embedding_forward"):
+        setattr(other_layers, name, counted(getattr(other_layers, name)))
+    for name in ("Embedding", "Conv1d", "Conv2d", "Conv3d"):
+        setattr(layer, name, getattr(other_layers, f"Fused{name}"))
     config.add_cleanup(lambda: Path(count).write_text(str(calls)))
 
 
