@@ -116,6 +116,8 @@ PYBIND11_MODULE(_C, m) {
     lora_backward(p);
   });
 
+  bind_tensor_calls(m);
+
   // Rows with an adapter each: as above, without one A, B and scaling, and r the largest rank.
   m.def("multi_lora_forward",
         [](int64_t M, int64_t K, int64_t N, int64_t r, py::object x, py::object weight,

@@ -21,4 +21,6 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+void bind_tensor_calls(pybind11::module_& m);  // tensor_calls.cpp
+
 }  // namespace lora_ops

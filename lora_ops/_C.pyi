@@ -1,6 +1,12 @@
 # csrc/bindings.cpp, for type checkers.
 #
 # A matrix is (address, row stride, column stride, dtype), strides in elements, or None if absent.
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
 Matrix = tuple[int, int, int, int] | None
 # A 4-bit weight: address of codes, quant type, blocksize, addresses of absmax, nested_absmax, nested_code and offset.
 FourBit = tuple[int, int, int, int, int, int, int]
@@ -16,6 +22,15 @@ def lora_backward(
     scaling: float, seed: int, threshold: int, keep_scale: float, dx: Matrix, dA: Matrix, dB: Matrix, dbias: Matrix,
     threads: int, /,
 ) -> None: ...  # fmt: skip
+def use_tensors(api: Any, tensor: type, parameter: type, empty: Any, dtypes: tuple[torch.dtype, ...], /) -> None: ...
+def forward_of_tensors(
+    x: Tensor, weight: tuple[Any, ...], lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, panels: Tensor | None,
+    dropout: tuple[int, int, float], scaling: float, dropout_p: float, threads: int, /,
+) -> tuple[Tensor, Tensor] | None: ...  # fmt: skip
+def backward_of_tensors(
+    dy: Tensor, x: Tensor | None, weight: tuple[Any, ...], lora_A: Tensor, lora_B: Tensor, S: Tensor | None,
+    dropout: tuple[int, int, float], scaling: float, need: Sequence[bool], threads: int, /,
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None: ...  # fmt: skip
 def multi_lora_forward(
     M: int, K: int, N: int, r: int, x: Matrix, weight: Matrix | FourBit, adapters: list[tuple[int, int, int, int, int]],
     scalings: list[float], dtype: int, ids: int, bias: Matrix, seed: int, threshold: int, keep_scale: float, y: Matrix, S: int,

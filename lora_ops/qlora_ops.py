@@ -113,6 +113,11 @@ def _forward_of_checked(x: Tensor, *args):  # type: ignore[no-untyped-def]
     if x.dtype not in layout.DTYPES:
         return forward_reference(x, *args)
     weight, beside = Weight(*args[:7]), args[7:]
+    if not ops.base_on_torch(x.dtype):
+        lora_A, lora_B, bias, seed, scaling, dropout_p = beside
+        done = ops.forward_of_tensors(x, weight, lora_A, lora_B, bias, None, seed, scaling, dropout_p)
+        if done is not None:
+            return done
     _check_beside(x, weight.codes, *(beside[i] for i in (0, 1, 2, 4, 5)))
     return _forward_checked(x, weight, *beside)
 
@@ -133,6 +138,10 @@ def _backward_cpu(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-untyp
     if dy.dtype not in layout.DTYPES:
         return backward_reference(dy, x, *args)
     weight, (lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, *need) = Weight(*args[:7]), args[7:]
+    if not ops.base_on_torch(dy.dtype):
+        done = ops.backward_of_tensors(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, *need)
+        if done is not None:
+            return done
     g, K = ops.rows_of(dy), lora_A.shape[1]
     dx, for_kernel = torch.empty((g.shape[0], K) if need_dx else 0, dtype=dy.dtype), None
     if need_dx and ops.base_on_torch(dy.dtype):
