@@ -164,7 +164,9 @@ class FusedLoraLinear(NamedAdapters):
             return frozen_linear(x, self.weight, self.bias)
         together, apart = self._together_and_apart()
         y = self._fused(x, together) if together else frozen_linear(x, self.weight, self.bias)
-        total = y.to(torch.promote_types(y.dtype, torch.float32)) if apart else y
+        if not apart:
+            return y
+        total = y.to(torch.promote_types(y.dtype, torch.float32))
         for name in apart:
             total = self._plus(total, x, name)
         return total.to(y.dtype)
