@@ -64,15 +64,18 @@ def why_not_mixed(layer: Layer, adapter_names: list[str] | None) -> str | None:
     """Why a batch whose rows have adapters of their own goes to PEFT's forward, or None."""
     if adapter_names is None or layer.disable_adapters or layer.merged or layer.training:
         return "it is in training, or its adapters are disabled or merged"
-    names = [name for name in dict.fromkeys(adapter_names) if name in layer.lora_A]
-    if len({layer.lora_A[name].weight.dtype for name in names}) > 1:
-        return "its adapters have several dtypes"
-    for name in names:
-        variant, scaling = layer.lora_variant.get(name), layer.scaling[name]
-        if variant is not None or layer.lora_B[name].bias is not None or isinstance(scaling, Tensor):
-            return f'adapter "{name}" is DoRA, or has a bias of B, or a tensor as scaling'
+    factors, dtypes = layer.lora_B._modules, set()
+    for name in dict.fromkeys(adapter_names):
+        if name not in factors:
+            continue
         if why := _of_adapter(layer, name):
             return why
+        B = factors[name]._parameters
+        if name in layer.lora_variant or B["bias"] is not None or isinstance(layer.scaling[name], Tensor):
+            return f'adapter "{name}" is DoRA, or has a bias of B, or a tensor as scaling'
+        dtypes.add(B["weight"].dtype)
+    if len(dtypes) > 1:
+        return "its adapters have several dtypes"
     return _of_base(layer.base_layer)
 
 
@@ -83,8 +86,11 @@ def active(layer: Layer) -> list[str]:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether calling the module does what its class's forward does, and nothing else."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in module.__dict__ and not hasattr(module, "_hf_hook")
+    own = (
+        module.__dict__
+    )  # nn.Module takes its time to find what it does not have, and this is asked of every adapter in a call
+    hooks = (own["_forward_hooks"], own["_forward_pre_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"])
+    return not any(hooks) and "forward" not in own and "_hf_hook" not in own
 
 
 def _is_plain_parameter(t: Any) -> bool:
@@ -110,12 +116,14 @@ def _of_base(base: Any) -> str | None:
 
 
 def _of_adapter(layer: Layer, name: str) -> str | None:
-    A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    parts = layer._modules
+    A, B, dropout = (parts[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
     for factor in (A, B):
-        if type(factor) is not nn.Linear or not _is_plain(factor) or not _is_plain_parameter(factor.weight):
-            return f"its factors are {type(factor).__name__} of {type(getattr(factor, 'weight', None)).__name__}, or have hooks"
-        if factor.weight.dtype not in _DTYPES:
-            return f"its factors are {factor.weight.dtype}"
+        weight = factor._parameters.get("weight")
+        if type(factor) is not nn.Linear or not _is_plain(factor) or not _is_plain_parameter(weight):
+            return f"its factors are {type(factor).__name__} of {type(weight).__name__}, or have hooks"
+        if weight.dtype not in _DTYPES:
+            return f"its factors are {weight.dtype}"
     if type(dropout) not in (nn.Identity, nn.Dropout) or not _is_plain(dropout):
         return f"its dropout is a {type(dropout).__name__}"
     variant = layer.lora_variant.get(name)
@@ -139,7 +147,11 @@ def fused_forward(layer: Layer, x: Tensor) -> Tensor:
     """
     if is_linear4bit(layer.base_layer) and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return fused_forward(layer, x)
+            return _forward(layer, x)
+    return _forward(layer, x)
+
+
+def _forward(layer: Layer, x: Tensor) -> Tensor:
     base, names = layer.base_layer, active(layer)
     weight = quantised_weight(layer) if is_linear4bit(base) else base.weight.T if is_conv1d(base) else base.weight
     linear: Any = qlora_linear if isinstance(weight, NF4Weight) else lora_linear
@@ -168,16 +180,17 @@ def fused_forward(layer: Layer, x: Tensor) -> Tensor:
 def mixed_forward(layer: Layer, x: Tensor, adapter_names: list[str]) -> Tensor:
     """What the layer's forward gives where every row of x, or every sequence, has an adapter of its own."""
     layer._check_forward_args(x, adapter_names=adapter_names)
-    base, bank = layer.base_layer, AdapterBank()
+    base, adapters = layer.base_layer, {}
     weight = quantised_weight(layer) if is_linear4bit(base) else base.weight.T if is_conv1d(base) else base.weight
+    As, Bs = layer.lora_A._modules, layer.lora_B._modules
     for name in dict.fromkeys(adapter_names):
-        if name in layer.lora_A:
-            A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+        if name in As:
+            A, B = As[name].weight, Bs[name].weight
             if A.dtype not in (x.dtype, torch.float32):
                 A, B = A.float(), B.float()
-            bank.add(name, A, B, layer.scaling[name])
-    ids = [name if name in bank else None for name in adapter_names]
-    return multi_lora_linear(x, weight, bank, ids, bias=base.bias)
+            adapters[name] = A, B, layer.scaling[name]
+    ids = [name if name in adapters else None for name in adapter_names]
+    return multi_lora_linear(x, weight, AdapterBank._of(adapters), ids, bias=base.bias)
 
 
 def _p(layer: Layer, name: str) -> float:
