@@ -1,13 +1,15 @@
 """PEFT's LoRA layers with a fused forward: all state, and whatever is not fused, stays PEFT's."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from ...dora import dora_linear, row_norms
+from ...dora import dora_linear, row_norms, weight_norm
 from ...functional import lora_linear, qlora_linear
 from ...multi import AdapterBank, multi_lora_linear
 from ...nn.linear import is_conv1d
@@ -168,8 +170,9 @@ def _forward(layer: Layer, x: Tensor) -> Tensor:
     bias = _bias(layer, first)
     options: dict[str, Any] = {"scaling": scaling, "bias": bias, "training": layer.training}
     if names[0] in layer.lora_variant:
-        magnitude = layer.lora_magnitude_vector[names[0]].weight
-        return dora_linear(x, weight, A, B, magnitude, **options, dropout_p=dropouts[0], base=_row_norms(layer, weight))
+        vector = layer.lora_magnitude_vector[names[0]]
+        norm = _kept_norm(layer, vector, names[0], lambda: weight_norm(weight, A, B, scaling, _row_norms(layer, weight)))
+        return dora_linear(x, weight, A, B, vector.weight, **options, dropout_p=dropouts[0], norm=norm)
     y = linear(x, weight, A, B, **options, dropout_p=dropouts[0])
     for name in names[len(first) :]:
         A, B = layer.lora_A[name], layer.lora_B[name]
@@ -218,6 +221,22 @@ def quantised_weight(layer: Layer) -> NF4Weight:
         kept = layer.__dict__["_lora_ops_weight"] = (state, NF4Weight.from_params4bit(weight), weight.quant_state)
         layer.__dict__.pop("_lora_ops_norms", None)
     return kept[1]
+
+
+def _kept_norm(layer: Layer, vector: Any, name: str, norm: Callable[[], Tensor]) -> Tensor:
+    """An adapter's ‖W0 + ΔW‖. As in PEFT it is kept in eval mode, inside `peft.helpers.DoraCaching`, and with PEFT's forgotten:
+    nothing shows that an adapter has changed, since much writes into `.data`."""
+    if torch.compiler.is_compiling():
+        return norm()
+    if not peft_dora.ENABLE_DORA_CACHING or layer.training:
+        vector._cache_clear()
+        return norm()
+    key = f"lora_ops-weight-norm-{name}"
+    kept = vector._cache_get(key, None)
+    if kept is None:
+        kept = norm()
+        vector._cache_store(key, kept)
+    return kept
 
 
 def _row_norms(layer: Layer, weight: Tensor | NF4Weight) -> Tensor:
