@@ -2,10 +2,10 @@
 
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ class Script:
     lora_dropout: float = 0.0
     use_dora: bool = False
     four_bit: bool = False  # NF4 by bitsandbytes, double quantisation, everything else bf16
-    trainer: str | None = None  # "Trainer" or "SFTTrainer", each as it is by default; else a loop of its own
+    trainer: str | None = None  # "Trainer" or "SFTTrainer"; else a loop of its own
+    settings: tuple[tuple[str, Any], ...] = ()  # of the trainer, which is otherwise as it is by default
 
     @property
     def config(self) -> peft.LoraConfig:
@@ -44,9 +45,9 @@ class Script:
 
 
 class Side:
-    """`data`: (steps, batch, length) token ids."""
+    """`data`: (steps, batch, length) token ids. A trainer takes its turns through a connection of their own."""
 
-    def __init__(self, side: str, script: Script, base: str, data: np.ndarray, threads: int) -> None:
+    def __init__(self, side: str, script: Script, base: str, data: np.ndarray, threads: int, turns: Connection) -> None:
         transformers.utils.logging.disable_progress_bar()
         warnings.simplefilter("ignore")
         torch.set_num_threads(threads)
@@ -56,16 +57,19 @@ class Side:
             self.model = load_in_4_bits(base, torch.bfloat16)
         else:
             self.model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-        self.turns = None
         if script.trainer is None:
             self.model = peft.get_peft_model(self.model, script.config)
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
         else:
-            self.turns = Turns(script, self.model, self.data, base)
-            self.model = self.turns.trainer.model
+            self.scratch = tempfile.TemporaryDirectory()
+            self.trainer = trainer_of(script, self.model, self.data, base, self.scratch.name)
+            self.trainer.remove_callback(transformers.PrinterCallback)
+            self.trainer.add_callback(Turns(turns))
+            self.model = self.trainer.model
         if side == "patched":
             patch(self.model)
-        self.losses_: list[float] = []
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+        self.seen: list[float] = []
 
         # The checkpoint is mapped: touched once, it is all resident and counts as the loaded model.
         sum(float(p.detach().sum()) for p in self.model.parameters())
@@ -74,8 +78,6 @@ class Side:
 
     def step(self, i: int) -> float:
         """Seconds of a training step, from forward to optimiser."""
-        if self.turns is not None:
-            return self.turns.step()
         self.model.train()
         ids = self.data[i]
         start = time.perf_counter()
@@ -84,12 +86,17 @@ class Side:
         self.optimizer.step()
         self.optimizer.zero_grad()
         seconds = time.perf_counter() - start
-        self.losses_.append(loss.item())
+        self.seen.append(loss.item())
         return seconds
 
     def losses(self) -> list[float]:
-        """Of every step. The trainers' are at their end then."""
-        return self.losses_ if self.turns is None else self.turns.losses()
+        """Of the steps so far."""
+        return self.seen
+
+    def train(self) -> list[float]:
+        """The trainer's whole run, and its losses."""
+        self.trainer.train()
+        return [entry["loss"] for entry in self.trainer.state.log_history if "loss" in entry]
 
     def peak_mib(self) -> float:
         """Highest resident memory since the start, less what the model and its adapters occupied then."""
@@ -97,64 +104,36 @@ class Side:
 
 
 class Turns(transformers.TrainerCallback):
-    """A trainer in a thread of its own, which makes a step when it is told to."""
+    """Has a trainer wait for its turn before every step, and tell how long it took."""
 
-    def __init__(self, script: Script, model: nn.Module, data: Tensor, base: str) -> None:
-        steps, batch, _ = data.shape
-        blocks = data.flatten(0, 1).tolist()
-        self.scratch = tempfile.TemporaryDirectory()
-        arguments: dict[str, Any] = {
-            "output_dir": self.scratch.name, "max_steps": steps, "per_device_train_batch_size": batch, "seed": 0,
-            "learning_rate": LEARNING_RATE, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
-            "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False,
-        }  # fmt: skip
-        if script.trainer == "Trainer":
-            dataset = [{"input_ids": ids, "labels": ids} for ids in blocks]
-            model = peft.get_peft_model(model, script.config)
-            settings = transformers.TrainingArguments(**arguments)
-            self.trainer = transformers.Trainer(model, settings, train_dataset=dataset, callbacks=[self])
-        else:
-            import datasets
-            import trl
-
-            datasets.disable_progress_bars()
-            self.trainer = trl.SFTTrainer(
-                model, trl.SFTConfig(**arguments), train_dataset=datasets.Dataset.from_dict({"input_ids": blocks}),
-                processing_class=transformers.AutoTokenizer.from_pretrained(base), peft_config=script.config,
-                callbacks=[self],
-            )  # fmt: skip
-        self.trainer.remove_callback(transformers.PrinterCallback)
-        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
-        self.start = self.seconds = 0.0
-        self.failure: BaseException | None = None
-        self.thread: threading.Thread | None = None
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.go.acquire()
+        self.connection.recv()
         self.start = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds = time.perf_counter() - self.start
-        self.done.release()
+        self.connection.send(time.perf_counter() - self.start)
 
-    def _train(self) -> None:
-        try:
-            self.trainer.train()
-        except BaseException as failure:
-            self.failure = failure
-            self.done.release()
 
-    def step(self) -> float:
-        if self.thread is None:
-            self.thread = threading.Thread(target=self._train, daemon=True)
-            self.thread.start()
-        self.go.release()
-        self.done.acquire()
-        if self.failure is not None:
-            raise self.failure
-        return self.seconds
+def trainer_of(script: Script, model: nn.Module, data: Tensor, base: str, out: str) -> transformers.Trainer:
+    steps, batch, _ = data.shape
+    blocks = data.flatten(0, 1).tolist()
+    settings: dict[str, Any] = {
+        "output_dir": out, "max_steps": steps, "per_device_train_batch_size": batch, "seed": 0, "logging_steps": 1,
+        "learning_rate": LEARNING_RATE, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+        "dataloader_pin_memory": False, **dict(script.settings),
+    }  # fmt: skip
+    if script.trainer == "Trainer":
+        model = peft.get_peft_model(model, script.config)
+        rows = [{"input_ids": ids, "labels": ids} for ids in blocks]
+        return transformers.Trainer(model, transformers.TrainingArguments(**settings), train_dataset=rows)
+    import datasets
+    import trl
 
-    def losses(self) -> list[float]:
-        if self.thread is not None:
-            self.thread.join()
-        return [entry["loss"] for entry in self.trainer.state.log_history if "loss" in entry]
+    datasets.disable_progress_bars()
+    return trl.SFTTrainer(
+        model, trl.SFTConfig(**settings), train_dataset=datasets.Dataset.from_dict({"input_ids": blocks}),
+        processing_class=transformers.AutoTokenizer.from_pretrained(base), peft_config=script.config,
+    )  # fmt: skip

@@ -212,11 +212,15 @@ class Process:
             raise SystemExit(f"a run failed:\n{value}")
         return value
 
-    def ask(self, method: str, *arguments: Any) -> Any:
+    def begin(self, method: str, *arguments: Any) -> None:
+        """`ask`, whose answer `receive` will give."""
         if not self.ready:
             self.receive()
             self.ready = True
         self.connection.send((method, arguments))
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        self.begin(method, *arguments)
         return self.receive()
 
     def close(self) -> None:
