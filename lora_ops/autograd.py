@@ -23,17 +23,43 @@ class Operator(NamedTuple):
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     weight_args: int
+    # What the dispatcher ends up with for a CPU's tensors.
+    forward_cpu: Callable[..., Any]
+    backward_cpu: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        """`forward`, without the dispatcher where only its price would be noticed: it is paid for every layer of a step, by
+        code that the layer before has swept from the caches."""
+        if not dispatcher_has_no_say(args):
+            return self.forward(*args)
+        if not _needs_grad(args):
+            return self.forward_cpu(*args)
+        self.check_frozen(args)
+        return _Lora.apply(self, None, *args)
+
+    def check_frozen(self, args: tuple[Any, ...]) -> None:
+        for t in args[1 : 1 + self.weight_args]:
+            if isinstance(t, Tensor):
+                check_frozen(t)
+
+
+def _needs_grad(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
 
 
 class _Lora(torch.autograd.Function):
-    """Below the dispatcher's autograd key: `keyset` says where the call goes on to."""
+    """Below the dispatcher's autograd key: `keyset` says where the call goes on to. None: to the CPU's kernel."""
 
     @staticmethod
     def forward(ctx, op, keyset, *args):  # type: ignore[no-untyped-def]
         n = 1 + op.weight_args
         x, weight, (lora_A, lora_B, bias), (*_, seed, scaling, dropout_p) = args[0], args[1:n], args[n : n + 3], args[n + 3 :]
         need_x, *_, need_A, need_B, need_bias = ctx.needs_input_grad[2 : n + 5]
-        y, S = _below_autograd(op.forward, keyset, *args)
+        if keyset is None:
+            with torch._C._AutoDispatchBelowAutograd():
+                y, S = op.forward_cpu(*args)
+        else:
+            y, S = _below_autograd(op.forward, keyset, *args)
         # dA alone needs x, dB alone needs S: a frozen A saves no activation at all.
         tensors = [t if isinstance(t, Tensor) else None for t in weight]
         ctx.save_for_backward(x if need_A else None, lora_A, lora_B, S if need_B else None, seed, *tensors)
@@ -53,7 +79,8 @@ class _Lora(torch.autograd.Function):
             return tuple(by_argument)
         x, lora_A, lora_B, S, seed, *tensors = ctx.saved_tensors
         weight = [plain if t is None else t for t, plain in zip(tensors, ctx.plain, strict=True)]
-        gradients = ctx.op.backward(dy, x, *weight, lora_A, lora_B, S, seed, ctx.scaling, ctx.dropout_p, *ctx.need)
+        args = (dy, x, *weight, lora_A, lora_B, S, seed, ctx.scaling, ctx.dropout_p, *ctx.need)
+        gradients = (ctx.op.backward_cpu if dispatcher_has_no_say(args) else ctx.op.backward)(*args)
         if ctx.need[3]:
             gradients = (*gradients[:3], gradients[3].to(ctx.bias_dtype))
         n = 3 + ctx.op.weight_args
@@ -77,30 +104,32 @@ def register(name: str, cpu: Callable[..., Any], fallback: Callable[..., Any], f
 
 def register_autograd(name: str, op: Operator) -> None:
     def autograd(keyset, *args):  # type: ignore[no-untyped-def]
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            for t in args[1 : 1 + op.weight_args]:
-                if isinstance(t, Tensor):
-                    check_frozen(t)
+        if _needs_grad(args):
+            op.check_frozen(args)
             return _Lora.apply(op, keyset, *args)
         return _below_autograd(op.forward, keyset, *args)
 
     library.impl(name, autograd, "Autograd", with_keyset=True)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def dispatcher_has_no_say(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether the dispatcher would do nothing but call the CPU's kernel: no gradient, no subclass, no mode, no tracer."""
+def dispatcher_has_no_say(args: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher would do nothing but autograd and the CPU's kernel: no subclass, no mode, no tracer."""
     if torch.compiler.is_compiling():
         return False
     return (
-        all(type(t) in _PLAIN for t in tensors)
-        and tensors[0].is_cpu  # type: ignore[union-attr]
-        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
+        args[0].is_cpu
+        and all(type(t) in _PLAIN for t in args if isinstance(t, Tensor))
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
         and torch._C._functorch.maybe_current_level() is None
         and not torch._C._get_tracing_state()
         and not torch.autograd._profiler_enabled()
     )
+
+
+def plain_call(args: tuple[Any, ...]) -> bool:
+    """Whether it would do nothing at all but call the CPU's kernel."""
+    return dispatcher_has_no_say(args) and not _needs_grad(args)

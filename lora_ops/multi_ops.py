@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _C, ops, qlora_ops, reference
-from .autograd import _below_autograd, check_frozen, dispatcher_has_no_say, library, register
+from .autograd import _below_autograd, check_frozen, library, plain_call, register
 
 _ARGUMENTS = (
     "Tensor[] weight, int K, int blocksize, str quant_type, Tensor[] lora_A, Tensor[] lora_B, Tensor scalings, "
@@ -237,6 +237,6 @@ library.impl("multi_lora_forward", _autograd, "Autograd", with_keyset=True)
 
 def multi_lora_forward(x, weight, K, blocksize, quant_type, As, Bs, scalings, adapter_ids, bias, seed, dropout_p):  # type: ignore[no-untyped-def]
     """torch.ops.lora_ops.multi_lora_forward; without the dispatcher where it has no say."""
-    plain = dispatcher_has_no_say((x, *weight, *As, *Bs, bias, seed))
+    plain = plain_call((x, *weight, *As, *Bs, bias, seed))
     call = _forward_cpu if plain else _FORWARD
     return call(x, weight, K, blocksize, quant_type, As, Bs, scalings, adapter_ids, bias, seed, dropout_p)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _C, reference
-from .autograd import Operator, dispatcher_has_no_say, library, register, register_autograd
+from .autograd import Operator, library, register, register_autograd
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _HALF = (torch.bfloat16, torch.float16)
@@ -311,7 +311,8 @@ def fake_gradients(
 
 _FORWARD = register("lora_forward", _lora_forward_cpu, forward_reference, _lora_forward_fake)
 _BACKWARD = register("lora_backward", _lora_backward_cpu, backward_reference, _lora_backward_fake)
-register_autograd("lora_forward", Operator(_FORWARD, _BACKWARD, weight_args=1))
+lora_forward = Operator(_FORWARD, _BACKWARD, 1, _lora_forward_cpu, _lora_backward_cpu)
+register_autograd("lora_forward", lora_forward)
 
 
 def _wide_cpu(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -326,23 +327,6 @@ def _wide(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
 
 
 register("lora_forward_wide", _wide_cpu, _wide, _wide)
-
-
-def lora_forward(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    panels: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """torch.ops.lora_ops.lora_forward; without the dispatcher where only its price would be noticed (decoding, row by row)."""
-    if dispatcher_has_no_say((x, weight, lora_A, lora_B, bias, panels, seed)):
-        return _lora_forward_cpu(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p)
-    return _FORWARD(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p)
 
 
 # --- packed weights ---------------------------------------------------------------------------------------------------

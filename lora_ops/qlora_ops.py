@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .autograd import Operator, dispatcher_has_no_say, library, register, register_autograd
+from .autograd import Operator, library, register, register_autograd
 from .quant import NF4Weight, layout
 
 _PIECE = 1 << 20  # bytes of weights that are decoded at a time where torch multiplies them
@@ -106,6 +106,15 @@ def _forward_cpu(x: Tensor, *args):  # type: ignore[no-untyped-def]
     return _forward_checked(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
 
 
+def _forward_of_checked(x: Tensor, *args):  # type: ignore[no-untyped-def]
+    """Without checking what an NF4Weight has checked."""
+    if x.dtype not in layout.DTYPES:
+        return forward_reference(x, *args)
+    weight, beside = Weight(*args[:7]), args[7:]
+    _check_beside(x, weight.codes, *(beside[i] for i in (0, 1, 2, 4, 5)))
+    return _forward_checked(x, weight, *beside)
+
+
 def _forward_checked(x: Tensor, weight: Weight, lora_A, lora_B, bias, seed, scaling, dropout_p, y_dtype=None):  # type: ignore[no-untyped-def]
     rows, N = ops.rows_of(x), lora_B.shape[0]
     y, for_kernel = torch.empty((rows.shape[0], N), dtype=y_dtype or x.dtype), None
@@ -161,7 +170,8 @@ def _backward_fake(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-unty
 
 _FORWARD = register("qlora_forward", _forward_cpu, forward_reference, _forward_fake)
 _BACKWARD = register("qlora_backward", _backward_cpu, backward_reference, _backward_fake)
-register_autograd("qlora_forward", Operator(_FORWARD, _BACKWARD, weight_args=7))
+_OPERATOR = Operator(_FORWARD, _BACKWARD, 7, _forward_of_checked, _backward_cpu)
+register_autograd("qlora_forward", _OPERATOR)
 
 
 def _wide_cpu(x: Tensor, *args):  # type: ignore[no-untyped-def]
@@ -190,10 +200,5 @@ def qlora_forward(
     scaling: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """torch.ops.lora_ops.qlora_forward; without the dispatcher, and without checking what an NF4Weight has checked, where only
-    their price would be noticed (decoding, row by row)."""
-    weight = weight_of(qweight)
-    if x.dtype in layout.DTYPES and dispatcher_has_no_say((x, *weight[:5], lora_A, lora_B, bias, seed)):
-        _check_beside(x, weight.codes, lora_A, lora_B, bias, scaling, dropout_p)
-        return _forward_checked(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
-    return _FORWARD(x, *weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
+    """torch.ops.lora_ops.qlora_forward of an NF4Weight."""
+    return _OPERATOR(x, *weight_of(qweight), lora_A, lora_B, bias, seed, scaling, dropout_p)

@@ -341,17 +341,20 @@ def test_modes_and_the_profiler_see_the_operator():
     assert torch.equal(plain, seen) and torch.equal(plain, profiled)
 
 
-def test_without_a_gradient_the_result_is_the_same(monkeypatch):
-    """And the dispatcher is not called: decoding would notice its price at every layer."""
+@pytest.mark.parametrize("backward", [False, True])
+def test_plain_tensors_do_without_the_dispatcher(monkeypatch, backward):
+    """With the same result: its price would be noticed at every layer. The profiler, which shows operators, is told of them."""
     case = make_case((3, 33, 17, 4), Dtypes(BF16, F32), dropout_p=0.25)
     torch.manual_seed(1)
-    with torch.enable_grad():
-        dispatched = fused_lora(case.x.requires_grad_(), case, case.lora_A, case.lora_B, case.bias).detach()
-    monkeypatch.setattr(ops, "_FORWARD", None)
+    with torch.profiler.profile() as profile:
+        dispatched = run(fused_lora, case, backward=backward)
+    names = {event.name for event in profile.events()}
+    assert "lora_ops::lora_forward" in names and ("lora_ops::lora_backward" in names) == backward
+    monkeypatch.setattr(ops, "lora_forward", ops.lora_forward._replace(forward=None, backward=None))
     torch.manual_seed(1)
-    assert torch.equal(run(fused_lora, case, backward=False)["y"], dispatched)
-    with pytest.raises(TypeError, match="NoneType"):
-        run(fused_lora, case, backward=True)
+    plain = run(fused_lora, case, backward=backward)
+    assert plain.keys() == dispatched.keys()
+    assert all(torch.equal(plain[name], dispatched[name]) for name in plain)
 
 
 def test_subclasses_and_transforms_reach_the_dispatcher():

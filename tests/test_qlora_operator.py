@@ -314,15 +314,16 @@ def test_bad_weight_of_the_operator_is_named(name):
 # --- without the dispatcher where it has no say ------------------------------------------------------------------------
 
 
-def test_modes_see_the_operator_and_plain_calls_do_not_need_the_dispatcher(monkeypatch):
+@pytest.mark.parametrize("backward", [False, True])
+def test_modes_see_the_operator_and_plain_calls_do_not_need_the_dispatcher(monkeypatch, backward):
     case = make_quantised_case((3, 96, 17, 4), Dtypes(BF16, F32), dropout_p=0.25)
-    with torch.no_grad(), Names() as names:
-        seen = run(fused_qlora, case, backward=False)["y"]
-    assert "lora_ops::qlora_forward" in names.seen
-    monkeypatch.setattr(qlora_ops, "_FORWARD", None)
-    assert torch.equal(run(fused_qlora, case, backward=False)["y"], seen)
-    with pytest.raises(TypeError, match="NoneType"):
-        run(fused_qlora, case, backward=True)
+    with Names() as names:
+        seen = run(fused_qlora, case, backward=backward)
+    assert "lora_ops::qlora_forward" in names.seen and ("lora_ops::qlora_backward" in names.seen) == backward
+    monkeypatch.setattr(qlora_ops, "_OPERATOR", qlora_ops._OPERATOR._replace(forward=None, backward=None))
+    plain = run(fused_qlora, case, backward=backward)
+    assert plain.keys() == seen.keys()
+    assert all(torch.equal(plain[name], seen[name]) for name in plain)
 
 
 def test_transforms_reach_the_dispatcher():

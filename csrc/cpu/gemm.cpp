@@ -152,7 +152,7 @@ void Product::plan(int threads) {
   row_parts = groups >= 2 * threads ? 1 : std::min(tiles.count, ceil_div(2 * threads, groups));
 
   const bool one_block = !left || k_block >= R;
-  packed_size = panels || !left ? 0 : group * std::min(block_steps, steps) * k.panel();
+  packed_size = panels || !left ? 0 : 2 * group * padded_vector(std::min(block_steps, steps) * k.lanes);
   if (quantized.codes) packed_size += kDecodeBytes / 4;
   scratch_size = packed_size + (one_block ? 1 : group * ceil_div(tiles.count, row_parts)) * result_size();
   scratch_size = ceil_div(scratch_size, 1024) * 1024 + 16;  // threads a page and a line apart
@@ -211,14 +211,15 @@ void Product::run(int64_t task, int64_t next, int thread) const {
   for (int64_t k0 = 0; k0 < R; k0 += k_block) {
     const int64_t count = std::min(k_block, R - k0), first = k0 / arithmetic.k_per_step;
     const Steps block_steps(k, arithmetic, count);
+    const int64_t vector_stride = panels ? block_steps.vector : padded_vector(block_steps.vector);
     if (!panels) {
       const int vectors = static_cast<int>(2 * panels_here);
       if (quantized.codes) {
         float* buffer = packed + packed_size - kDecodeBytes / 4;
-        pack_quantized(k, arithmetic, quantized, transpose, C, p0 * k.panel(), vectors, k0, count, packed, block_steps.vector,
+        pack_quantized(k, arithmetic, quantized, transpose, C, p0 * k.panel(), vectors, k0, count, packed, vector_stride,
                        buffer);
       } else {
-        pack_right(k, arithmetic, right, C, p0 * k.panel(), vectors, k0, count, Mask{}, packed, block_steps.vector);
+        pack_right(k, arithmetic, right, C, p0 * k.panel(), vectors, k0, count, Mask{}, packed, vector_stride);
       }
     }
     // What the next block of the reduction will read, of this task or the next: every tile brings up its share.
@@ -237,10 +238,10 @@ void Product::run(int64_t task, int64_t next, int thread) const {
       ahead.left = reinterpret_cast<const char*>(left + t * steps.left + next_k0 / arithmetic.k_per_step * left_step);
       for (int64_t p = p0; p < p1; ++p) {
         float* c = one_block ? results : results + ((t - tile0) * group + p - p0) * result_size();
-        const float* panel = panels ? kept(p, k0) : packed + (p - p0) * 2 * block_steps.vector;
+        const float* panel = panels ? kept(p, k0) : packed + (p - p0) * 2 * vector_stride;
         if (k0 == 0) start(t, p, c);
         if (last) fetch_out(t, p);
-        arithmetic.tile(static_cast<int>(tiles.size(t)), 2, tile_left, panel, block_steps.vector, block_steps.count, c, true,
+        arithmetic.tile(static_cast<int>(tiles.size(t)), 2, tile_left, panel, vector_stride, block_steps.count, c, true,
                         ahead);
         if (last) finish(t, p, c);
         ahead.left += left_share;

@@ -97,6 +97,12 @@ int64_t block_rows(const Arithmetic& arithmetic, const Steps& steps);
 // Threads worth waking for this many multiply-adds.
 int useful_threads(int threads, int64_t multiply_adds);
 
+// From one packed vector of columns to the next, in floats: a line more than it takes. Vectors are written side by side, and at
+// multiples of 4 KB they would share one set of L1.
+constexpr int64_t padded_vector(int64_t floats) {
+  return floats + 16;
+}
+
 // Packs `vectors` vectors of columns of right (R, C) from column j on, rows [k0, k0 + count).
 void pack_right(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t C, int64_t j, int vectors,
                 int64_t k0, int64_t count, Mask mask, float* out, int64_t vector_stride);

@@ -40,11 +40,12 @@ struct RowReduction {
     for (int64_t m = 0; m < M; m += kRowBlock) {
       const int64_t rows = std::min(kRowBlock, M - m);
       const Mask part{mask.words ? mask.words + m * mask.row_stride : nullptr, mask.row_stride, p0 * k.panel()};
-      pack_right(k, k.f32, right, C, p0 * k.panel(), static_cast<int>(2 * (p1 - p0)), m, rows, part, packed, rows * k.lanes);
+      const int64_t vector_stride = padded_vector(rows * k.lanes);
+      pack_right(k, k.f32, right, C, p0 * k.panel(), static_cast<int>(2 * (p1 - p0)), m, rows, part, packed, vector_stride);
       for (int64_t p = p0; p < p1; ++p)
         for (int64_t t = 0; t < tiles.count; ++t) {
-          k.f32.tile(static_cast<int>(tiles.size(t)), 2, left + left_at(t, m, M), packed + (p - p0) * rows * k.panel(),
-                     rows * k.lanes, rows, sum(p, tiles.start(t)), !first_block || m > 0, {});
+          k.f32.tile(static_cast<int>(tiles.size(t)), 2, left + left_at(t, m, M), packed + (p - p0) * 2 * vector_stride,
+                     vector_stride, rows, sum(p, tiles.start(t)), !first_block || m > 0, {});
         }
     }
   }
@@ -91,7 +92,7 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
   float* S_left = workspace.floats(up_grad.left_size(most_rows));
   uint32_t* all_bits = workspace.words((mixed ? p.M : most_rows) * words);
   const int64_t own_down = mixed ? MixedRows::backward_size(k, p) : own_tile ? p.N * k.lanes : 0;
-  const int64_t own_size = std::max(own_down, kRowBlock * kColumns * k.panel());
+  const int64_t own_size = std::max(own_down, 2 * kColumns * padded_vector(kRowBlock * k.lanes));
   float* own = workspace.floats(own_size * threads);
   float* scratch = nullptr;  // of the first block: no later one is larger
 

@@ -18,6 +18,8 @@ constexpr int kPanel = 2 * kLanes;
 // reductions can afford long chains; short ones are held against libraries that sum them in many lanes.
 constexpr int64_t kLongestChain = 256;
 constexpr int kAhead = 32;  // steps that the panel and the left operand are prefetched ahead
+// Rows that packing prefetches ahead: it reads so little of each that no hardware prefetcher gets going.
+constexpr int64_t kFetchedRows = 8;
 static_assert(V::kRows <= kLanes, "a left operand's rows fit one vector");
 
 struct F32 {
@@ -142,7 +144,11 @@ void pack_straight_as(const Matrix& src, int64_t cols, int64_t k, Mask mask, flo
   const bool whole = cols == int64_t{vectors} * kLanes && !mask.words;
   for (int64_t s = 0; s < k; ++s, row += stride, out += kLanes) {
     if (whole) {
-      for (int v = 0; v < vectors; ++v) V::store(out + v * vector_stride, load_as<kType>(row, v * kLanes));
+      const char* fetched = row + kFetchedRows * stride;
+      for (int v = 0; v < vectors; ++v) {
+        __builtin_prefetch(fetched + v * kLanes * size_of(kType));
+        V::store(out + v * vector_stride, load_as<kType>(row, v * kLanes));
+      }
       continue;
     }
     for (int v = 0; v < vectors; ++v) {

@@ -31,8 +31,11 @@ void pack_pairs_straight(const Matrix& src, int64_t cols, int64_t k, Mask, float
                                        35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   for (int64_t s = 0; s < 2 * padded_pairs<kMultiple>(k); s += 2, out += 16) {
+    const char* fetched = src.at(s + kFetchedRows, 0);
     for (int v = 0; v < vectors; v += 2) {
       const int64_t count = cols - v * 16;
+      __builtin_prefetch(fetched + v * 32);
+      __builtin_prefetch(fetched + src.row_stride * 2 + v * 32);
       const __mmask32 have = count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0u;
       const __m512i a = s < k ? _mm512_maskz_loadu_epi16(have, src.at(s, v * 16)) : _mm512_setzero_si512();
       const __m512i b = s + 1 < k ? _mm512_maskz_loadu_epi16(have, src.at(s + 1, v * 16)) : _mm512_setzero_si512();
