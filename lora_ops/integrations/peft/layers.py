@@ -145,12 +145,23 @@ def _takes(layer: Layer, x: Tensor) -> bool:
 def fused_forward(layer: Layer, x: Tensor) -> Tensor:
     """What the layer's forward gives, for a layer of which `why_not` knows no reason against it.
 
-    A 4-bit layer works in x's dtype under autocast, too: that is what bitsandbytes' layers return.
+    A 4-bit layer returns x's dtype under autocast, too, as bitsandbytes' layers do, and like those multiplies an fp32 x in
+    the half that its `compute_dtype` names: under autocast all of it, otherwise the frozen product alone. DoRA stays in fp32.
     """
-    if is_linear4bit(layer.base_layer) and torch.is_autocast_enabled(x.device.type):
+    base, names = layer.base_layer, active(layer)
+    if not is_linear4bit(base):
+        return _forward(layer, x)
+    in_half = x.dtype == torch.float32 and base.compute_dtype in _DTYPES[1:] and names[0] not in layer.lora_variant
+    if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return _forward(layer, x)
-    return _forward(layer, x)
+            return _forward(layer, x.to(base.compute_dtype) if in_half else x).to(x.dtype)
+    if not in_half:
+        return _forward(layer, x)
+    weight, bias = quantised_weight(layer), base.bias
+    N, K = weight.shape
+    nothing = x.new_zeros(1, K), x.new_zeros(N, 1)
+    y = qlora_linear(x.to(base.compute_dtype), weight, *nothing, scaling=1.0, bias=None if bias is None else bias.float())
+    return _with_others(layer, x, y.to(x.dtype), names)
 
 
 def _forward(layer: Layer, x: Tensor) -> Tensor:
@@ -174,7 +185,12 @@ def _forward(layer: Layer, x: Tensor) -> Tensor:
         norm = _kept_norm(layer, vector, names[0], lambda: weight_norm(weight, A, B, scaling, _row_norms(layer, weight)))
         return dora_linear(x, weight, A, B, vector.weight, **options, dropout_p=dropouts[0], norm=norm)
     y = linear(x, weight, A, B, **options, dropout_p=dropouts[0])
-    for name in names[len(first) :]:
+    return _with_others(layer, x, y, names[len(first) :])
+
+
+def _with_others(layer: Layer, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
+    """y and what these adapters add to it, by PEFT's formula."""
+    for name in names:
         A, B = layer.lora_A[name], layer.lora_B[name]
         y = y + (B(A(layer.lora_dropout[name](x.to(A.weight.dtype)))) * layer.scaling[name]).to(y.dtype)
     return y
