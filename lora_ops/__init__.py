@@ -7,6 +7,7 @@ from ._version import __version__
 from .adapters import (
     Adapter,
     LoraConfig,
+    ModulesToSaveWrapper,
     add_adapter,
     add_lora,
     add_weighted_adapter,
@@ -28,6 +29,8 @@ from .cuda import dispatch as _cuda  # noqa: F401  (registers)
 from .dora import dora_linear
 from .functional import lora_linear, qlora_linear
 from .multi import AdapterBank, multi_lora_linear
+from .nn.conv import FusedLoraConv1d, FusedLoraConv2d, FusedLoraConv3d
+from .nn.embedding import FusedLoraEmbedding
 from .nn.linear import FusedLoraLinear
 from .ops import pack_weight
 from .quant import NF4Weight, quantize_nf4
@@ -35,8 +38,13 @@ from .quant import NF4Weight, quantize_nf4
 __all__ = [
     "Adapter",
     "AdapterBank",
+    "FusedLoraConv1d",
+    "FusedLoraConv2d",
+    "FusedLoraConv3d",
+    "FusedLoraEmbedding",
     "FusedLoraLinear",
     "LoraConfig",
+    "ModulesToSaveWrapper",
     "NF4Weight",
     "__version__",
     "add_adapter",

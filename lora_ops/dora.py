@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import functional
+from .autograd import check_frozen
 from .qlora_ops import weight_of
 from .quant import NF4Weight
 
@@ -14,6 +15,8 @@ _ROWS = 512  # of the weight, widened at a time
 
 def row_norms(weight: Tensor | NF4Weight) -> Tensor:
     """‖W0‖² of every row, (N,), in fp32 (fp64 for fp64). W0 is frozen: whoever calls `dora_linear` often may keep it."""
+    if isinstance(weight, NF4Weight):
+        return torch.ops.lora_ops.qlora_row_norms(*weight_of(weight), weight.shape[1])
     return torch.cat([rows.square().sum(1) for rows in _wide_rows(weight)])
 
 
@@ -29,8 +32,8 @@ def weight_norm(
 
         n² = ‖W0‖² + 2 scaling · Σ_r (W0 Aᵀ ∘ B) + scaling² · Σ_r (B (A Aᵀ) ∘ B)
 
-    The three terms are summed in fp32 (fp64 for fp64). Where they cancel, which takes a ΔW about as large as W0 and against
-    it, n loses as many digits as the sum does.
+    The three terms are summed in fp32 (fp64 for fp64), under autocast, too. Where they cancel, which takes a ΔW about as large
+    as W0 and against it, n loses as many digits as the sum does.
 
     Args:
         weight: W0, (N, K), dense or in 4 bits.
@@ -39,9 +42,13 @@ def weight_norm(
     """
     base = row_norms(weight) if base is None else base
     A, B = lora_A.to(base.dtype), lora_B.to(base.dtype)
-    with_A = torch.cat([rows @ A.T for rows in _wide_rows(weight)])
-    squares = base + scaling * ((2 * with_A + scaling * (B @ (A @ A.T))) * B).sum(1)
-    return squares.clamp_min(0).sqrt()
+    with torch.autocast(A.device.type, enabled=False):
+        if isinstance(weight, NF4Weight):
+            with_A = torch.ops.lora_ops.qlora_forward_wide(A, *weight_of(weight), *_nothing(A, B), 0.0)[0].T
+        else:
+            with_A = torch.cat([rows @ A.T for rows in _wide_rows(weight)])
+        squares = base + scaling * ((2 * with_A + scaling * (B @ (A @ A.T))) * B).sum(1)
+        return squares.clamp_min(0).sqrt()
 
 
 def dora_linear(
@@ -73,7 +80,8 @@ def dora_linear(
     Args:
         x, weight, lora_A, lora_B, scaling, bias, dropout_p, training: as in `lora_linear`, or with a weight in 4 bits as in
             `qlora_linear`. The mask is drawn by `torch.Tensor.bernoulli_`.
-        magnitude: (N,), trainable. ‖W0 + scaling · B A‖ at the start of training, so that the layer starts as W0.
+        magnitude: (N,), trainable. ‖W0 + scaling · B A‖ at the start of training, so that the layer starts as W0. Of any
+            floating dtype: c is computed in fp32 at least.
         base: `row_norms(weight)`, where it is known.
         norm: `weight_norm(weight, lora_A, lora_B, scaling)`, where it is known.
 
@@ -83,11 +91,12 @@ def dora_linear(
     Raises:
         ValueError, TypeError: as `lora_linear`; a magnitude of another shape.
     """
+    if torch.is_grad_enabled() and isinstance(weight, Tensor):
+        check_frozen(weight)
     N = lora_B.shape[0]
     if magnitude.shape != (N,):
         raise ValueError(f"magnitude must be (N,) = ({N},) as in lora_B {tuple(lora_B.shape)}, got {tuple(magnitude.shape)}")
-    norm = weight_norm(weight, lora_A, lora_B, scaling, base) if norm is None else norm
-    c = magnitude / norm.to(magnitude.dtype)
+    c = magnitude / (weight_norm(weight, lora_A, lora_B, scaling, base) if norm is None else norm)
     dtype = functional.autocast_dtype(x)
     if dtype is not None and isinstance(weight, Tensor) and weight.dtype not in (dtype, torch.float32):
         weight = weight.to(dtype)
@@ -153,10 +162,7 @@ def _nothing(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(lora_A[:1]), torch.zeros_like(lora_B[:, :1])
 
 
-def _wide_rows(weight: Tensor | NF4Weight) -> Iterator[Tensor]:
+def _wide_rows(weight: Tensor) -> Iterator[Tensor]:
     """W0's rows in fp32 (fp64 for fp64), some at a time."""
-    if isinstance(weight, NF4Weight):
-        yield from (piece for _, piece in weight_of(weight).pieces(weight.shape[1], torch.float32))
-    else:
-        for rows in weight.detach().split(_ROWS):
-            yield rows.to(torch.promote_types(weight.dtype, torch.float32))
+    for rows in weight.detach().split(_ROWS):
+        yield rows.to(torch.promote_types(weight.dtype, torch.float32))

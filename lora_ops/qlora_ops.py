@@ -2,6 +2,7 @@
 
     qlora_forward   y, S from x, the frozen weight's codes and scales, and one adapter
     qlora_backward  dx, dA, dB, dbias, of which only those asked for are computed (the others come back empty)
+    qlora_row_norms  the weight's rows, squared and summed
 
 The weight is decoded inside the kernels, so that it never exists as a whole.
 """
@@ -32,6 +33,7 @@ library.define(
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(f"qlora_forward_wide(Tensor x, {_WEIGHT}, Tensor lora_A, Tensor lora_B, float scaling) -> (Tensor, Tensor)")
+library.define(f"qlora_row_norms({_WEIGHT}, int K) -> Tensor")
 
 
 class Weight(NamedTuple):
@@ -188,6 +190,17 @@ def _wide(x: Tensor, *args):  # type: ignore[no-untyped-def]
 
 
 register("qlora_forward_wide", _wide_cpu, _wide, _wide)
+
+
+def _row_norms(*args):  # type: ignore[no-untyped-def]
+    return torch.cat([rows.square().sum(1) for _, rows in Weight(*args[:7]).pieces(args[7], torch.float32)])
+
+
+def _row_norms_fake(codes: Tensor, *_args):  # type: ignore[no-untyped-def]
+    return codes.new_empty(codes.shape[0], dtype=torch.float32)
+
+
+register("qlora_row_norms", _row_norms, _row_norms, _row_norms_fake)
 
 
 def qlora_forward(

@@ -49,3 +49,19 @@ class Names(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen.append(func.name())
         return func(*args, **(kwargs or {}))
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest result of an operator that is no view of the known tensors."""
+
+    def __init__(self, *known: torch.Tensor):
+        super().__init__()
+        self.known = {t.untyped_storage().data_ptr() for t in known}
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.numel = max(self.numel, t.numel())
+        return result

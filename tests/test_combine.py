@@ -9,9 +9,9 @@ import peft
 import pytest
 import torch
 from compare import BF16, F16, F32
+from observe import LargestTensor
 from tiny_models import Mlp, assert_as_exact, assert_untouched, gpt2, injected, llama, snapshot, tokens
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_ops
 from lora_ops import Adapter, LoraConfig, add_weighted_adapter, combine, lora_layers
@@ -194,17 +194,6 @@ def test_svd_is_the_best_of_its_rank(rank: int) -> None:
     for i, gram in enumerate((torch.eye(rank, dtype=F64), torch.diag(values[:rank] ** 2))):
         ours, eager = (t if i == 0 else t.T for t in (result[i].double(), theirs[i].double()))
         assert compare.error((ours @ ours.T).float(), (eager @ eager.T).float(), gram).within_bound
-
-
-class LargestTensor(TorchDispatchMode):
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(t, Tensor):
-                self.numel = max(self.numel, t.numel())
-        return result
 
 
 @pytest.mark.parametrize("method", ["cat", "svd", *OF_FACTORS])
@@ -531,6 +520,81 @@ def test_peft_leaves_half_an_adapter_behind() -> None:
     with pytest.raises(TypeError):
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new", combination_type="ties")
     assert "new" in model.peft_config
+
+
+def with_biases(make) -> nn.Module:
+    """Adapters "default" and "b" with biases of B, "c" without."""
+    model = with_two(make(), target_modules=["first", "block.0"], lora_bias=True)
+    lora_ops.delete_adapter(model, "b")
+    for name, lora_bias in (("b", True), ("c", False)):
+        config = LoraConfig(r=4, lora_alpha=2, init_lora_weights=False, lora_bias=lora_bias)
+        lora_ops.add_adapter(model, config, name)
+    for _, layer in lora_layers(model):
+        nn.init.normal_(layer.lora_B_bias["default"])
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_biases_of_b_are_summed(method: str) -> None:
+    """Times weights and scalings; the adapter without one has none to add."""
+    model = with_biases(Mlp)
+    add_weighted_adapter(model, ["default", "c", "b"], (0.5, 3, -2), "new", method, **options(method))
+    for _, layer in lora_layers(model):
+        of = layer.lora_B_bias
+        expected = 0.5 * layer.scaling["default"] * of["default"].double() - 2 * layer.scaling["b"] * of["b"].double()
+        assert torch.equal(of["new"], expected.float())
+        assert not of["new"].requires_grad
+    add_weighted_adapter(model, ["c"], (1,), "without", method, **options(method))
+    assert not any(layer.lora_bias["without"] for _, layer in lora_layers(model))
+
+
+def test_cat_of_adapters_with_biases_computes_what_both_do() -> None:
+    model, x = with_biases(Mlp).eval(), torch.randn(9, 12)
+    lora_ops.set_adapter(model, ["default", "b"])
+    both, exactly = model(x), copy.deepcopy(model).double()(x.double())
+    add_weighted_adapter(model, ["default", "b"], (1, 1), "new", "cat")
+    lora_ops.set_adapter(model, "new")
+    assert_as_exact([(model(x), both, exactly)])
+
+
+def test_a_combined_bias_must_be_finite() -> None:
+    model = with_biases(Mlp)
+    nn.init.constant_(model.block[0].lora_B_bias["default"], 3e38)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"block\.0: the combined bias of B is not finite in torch\.float32: .*untouched"):
+        add_weighted_adapter(model, ["default", "c"], (2, 1), "new", "cat")
+    assert_untouched(model, before)
+
+
+def test_dora_is_not_combined() -> None:
+    model = with_two(Mlp())
+    lora_ops.add_adapter(model, LoraConfig(r=4, use_dora=True), "dora")
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError, match="adapters must be without DoRA, whose magnitudes cannot be combined, got 'dora' in fi"
+    ):
+        add_weighted_adapter(model, ["default", "dora"], (1, 1), "new", "cat")
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("field", ["use_dora", "lora_bias"])
+def test_peft_forgets_biases_and_magnitudes(field: str) -> None:
+    """What lora_ops sums or refuses: the combination of one adapter, with weight 1, is another one."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Mlp(), peft.LoraConfig(r=4, target_modules=["first"], **{field: True}), "a").eval()
+    layer, x = model.base_model.model.first, torch.randn(3, 12)
+    for p in layer.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p)
+    model.add_weighted_adapter(["a"], [1.0], "new", combination_type="linear")
+    before = layer(x)
+    model.set_adapter("new")
+    if field == "use_dora":
+        norms = torch.linalg.vector_norm(layer.base_layer.weight, dim=1)
+        assert torch.equal(layer.lora_magnitude_vector["new"].weight, norms)
+    else:
+        assert not layer.lora_B["new"].bias.any()
+    assert not torch.allclose(layer(x), before)
 
 
 def test_a_model_without_lora() -> None:

@@ -9,7 +9,7 @@ from tiny_models import Mlp, assert_untouched, bert, gpt2, injected, llama, snap
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_ops import FusedLoraLinear, LoraConfig, add_lora, lora_layers, lora_parameters, merge_lora, remove_lora
+from lora_ops import FusedLoraLinear, LoraConfig, add_adapter, add_lora, lora_layers, lora_parameters, merge_lora, remove_lora
 
 TARGETS = [
     (llama, {}),
@@ -98,6 +98,14 @@ def test_options_reach_the_layers():
     assert model.lora_injection.config == config
 
 
+def test_variants_reach_the_layers():
+    model = add_lora(llama(), LoraConfig(target_modules=["q_proj"], use_dora=True))
+    add_adapter(model, LoraConfig(r=2, lora_bias=True), "b")
+    for _, layer in lora_layers(model):
+        assert layer.use_dora == {"default": True, "b": False}
+        assert layer.lora_bias == {"default": False, "b": True}
+
+
 def test_state_dict_keys():
     """The base model's, and <layer>.lora_A.default and lora_B.default beside them."""
     model = Mlp()
@@ -105,16 +113,23 @@ def test_state_dict_keys():
     add_lora(model, LoraConfig(target_modules=["first", "last"]))
     added = {f"{layer}.lora_{m}.default" for layer in ("first", "last") for m in "AB"}
     assert set(model.state_dict()) == base | added
+    for name, field in (("lora_magnitude_vector", "use_dora"), ("lora_B_bias", "lora_bias")):
+        model = add_lora(Mlp(), LoraConfig(target_modules=["first"], **{field: True}))
+        assert set(model.state_dict()) == base | {f"first.{name}.default", "first.lora_A.default", "first.lora_B.default"}
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 @pytest.mark.parametrize("make", [gpt2, bert])
-def test_what_trains_is_what_trains_in_peft(make, bias):
-    config = LoraConfig(target_modules=["c_attn", "query"], bias=bias)
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_what_trains_is_what_trains_in_peft(make, bias, variant):
+    config = LoraConfig(target_modules=["c_attn", "query"], bias=bias, **variant)
     model = make()
     theirs = with_peft(copy.deepcopy(model), config)
     expected = {
-        n.removeprefix("base_model.model.").replace(".base_layer", "").replace(".default.weight", ".default")
+        n.removeprefix("base_model.model.")
+        .replace(".base_layer", "")
+        .replace(".default.weight", ".default")
+        .replace(".lora_B.default.bias", ".lora_B_bias.default")
         for n, p in theirs.named_parameters()
         if p.requires_grad
     }
@@ -194,6 +209,8 @@ BAD_FIELDS = [
     ),
     ({"alpha_pattern": {"(": 1}}, ValueError, "alpha_pattern's key must be a regular expression, got '('"),
     ({"rank_pattern": {3: 1}}, TypeError, "rank_pattern's key must be a regular expression, got 3"),
+    ({"use_dora": 1}, TypeError, "use_dora must be True or False, got 1"),
+    ({"lora_bias": True, "use_dora": True}, ValueError, "lora_bias must be False with use_dora, got True"),
 ]
 
 
@@ -260,7 +277,6 @@ BAD_MODELS = [
     (Mlp, {"target_modules": ["first"], "exclude_modules": "f.*"}, ValueError, "exclude_modules='f.*' takes away"),
     (Mlp, {}, ValueError, "target_modules is None, and there is no default for this model's config.model_type"),
     (Mlp, {"target_modules": ["first", "norm"]}, TypeError, "target_modules takes in norm, a LayerNorm, which is not"),
-    (llama, {"target_modules": ["embed_tokens"]}, TypeError, "takes in model.embed_tokens, a Embedding"),
     (llama, {"target_modules": ["q_proj", "mlp"]}, TypeError, "takes in model.layers.0.mlp, a LlamaMLP"),
     (lazy, {"target_modules": ["block.0", "first"]}, TypeError, "no plain nn.Parameter but UninitializedParameter"),
     (parametrized, {"target_modules": "all-linear"}, TypeError, "its weight is no plain nn.Parameter but Tensor"),

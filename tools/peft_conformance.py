@@ -34,7 +34,7 @@ def pytest_configure(config) -> None:  # type: ignore[no-untyped-def]
         return
     from peft.tuners.lora import bnb, layer
 
-    from lora_ops.integrations.peft import layers, layers_4bit
+    from lora_ops.integrations.peft import layers, layers_4bit, other_layers
 
     calls: Counter[str] = Counter()
 
@@ -45,8 +45,13 @@ def pytest_configure(config) -> None:  # type: ignore[no-untyped-def]
 
         return call
 
-    layers.fused_forward, layers.mixed_forward = counted(layers.fused_forward), counted(layers.mixed_forward)
+    for module, name in (
+        (layers, "fused_forward"), (layers, "mixed_forward"), (other_layers, "conv_forward"), (other_layers, "embedding_forward"),
+    ):  # fmt: skip
+        setattr(module, name, counted(getattr(module, name)))
     layer.Linear, bnb.Linear4bit = layers.FusedLinear, layers_4bit.FusedLinear4bit
+    for name in ("Embedding", "Conv1d", "Conv2d", "Conv3d"):
+        setattr(layer, name, getattr(other_layers, f"Fused{name}"))
     config.add_cleanup(lambda: Path(count).write_text(json.dumps(calls)))
 
 

@@ -17,6 +17,7 @@ namespace lora_ops {
 namespace avx512_bf16 {
 #include "avx512.h"
 #include "micro.h"
+#include "pair_dots.h"
 #include "pairs.h"
 
 struct Bf16Pairs {
@@ -27,7 +28,7 @@ struct Bf16Pairs {
 
 }  // namespace avx512_bf16
 
-const Kernels kAvx512Bf16 =
+const Kernels kAvx512Bf16 = avx512_bf16::with_pair_dots(
     avx512_bf16::with_pairs(avx512_bf16::table("avx512_bf16", {avx512_bf16::V::kRows,
                                                                2,
                                                                1,
@@ -38,7 +39,7 @@ const Kernels kAvx512Bf16 =
                                                                avx512_bf16::pack_pairs_transposed<1>,
                                                                avx512_bf16::pack_pairs_straight<1>,
                                                                avx512_bf16::tile<avx512_bf16::Bf16Pairs>,
-                                                               avx512_bf16::multiply_adds<avx512_bf16::Bf16Pairs>}));
+                                                               avx512_bf16::multiply_adds<avx512_bf16::Bf16Pairs>})));
 
 }  // namespace lora_ops
 

@@ -241,8 +241,7 @@ void Product::run(int64_t task, int64_t next, int thread) const {
         const float* panel = panels ? kept(p, k0) : packed + (p - p0) * 2 * vector_stride;
         if (k0 == 0) start(t, p, c);
         if (last) fetch_out(t, p);
-        arithmetic.tile(static_cast<int>(tiles.size(t)), 2, tile_left, panel, vector_stride, block_steps.count, c, true,
-                        ahead);
+        arithmetic.tile(static_cast<int>(tiles.size(t)), 2, tile_left, panel, vector_stride, block_steps.count, c, true, ahead);
         if (last) finish(t, p, c);
         ahead.left += left_share;
         ahead.panels += panels_share;

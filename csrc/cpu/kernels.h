@@ -77,11 +77,19 @@ struct DotCodes {
   void (*dot)(int rows, const float* left, int64_t left_stride, const QuantizedWeight& w, int64_t row, int cols, int64_t k0,
               int64_t k, float* c);
   void (*order)(const Matrix& src, int64_t k, Mask mask, float* out);
+  int element = sizeof(float);  // bytes of an element in `order`
 };
 
 // Most rows of x for which rows of the weight are dot products: for more, packing it pays (crossovers measured).
 struct FewRows {
   int dense, panels, codes;  // a weight as it is, in kept panels, in 4 bits
+  int rounded = 0;           // of those in 4 bits, with values rounded to bf16
+};
+
+// `dot` where x and the weight are in bf16, without widening x: `left` is bf16 in `order`, rows left_stride floats apart.
+struct DotPairs {
+  void (*dot)(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c);
+  void (*order)(const Matrix& src, int64_t k, Mask mask, float* out);
 };
 
 struct Kernels {
@@ -96,7 +104,10 @@ struct Kernels {
   void (*dot)(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c);
   void (*dot_order)(const Matrix& src, int64_t k, Mask mask, DType right, float* out);
   DotCodes codes;
-  DotCodes codes_bf16;  // for one or two rows of x in bf16, with values rounded to bf16; null: `codes` serves
+  // Where x (and a dense weight) is in bf16, or null; 4-bit weights rounded to bf16.
+  DotPairs pairs;
+  DotCodes codes_bf16;
+  FewRows few_rows_bf16;
   // Columns [k0, k0 + k) of a row of a 4-bit weight as fp32 or bf16, k0 a multiple of 128, k <= kMostDecoded: groups of 32,
   // `group_stride` bytes apart, whole ones.
   void (*decode)(const QuantizedWeight& w, int64_t row, int64_t k0, int64_t k, DType to, char* out, int64_t group_stride);

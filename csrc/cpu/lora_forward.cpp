@@ -19,10 +19,16 @@ namespace {
 
 constexpr int64_t kDotBlock = 1024;  // reduction block: kDotRows rows of x stay in L1
 
+bool in_pairs(const LoraForward& p, const Kernels& k) {
+  return k.pairs.dot && p.x.dtype == DType::bf16 && p.weight.dtype == DType::bf16;
+}
+
 bool few_rows(const LoraForward& p, const Kernels& k) {
   if (Strips::fit(p, k)) return true;
-  if (p.quantized.codes) return p.M <= k.few_rows.codes && p.K % 32 == 0;
-  return p.weight.data && p.weight.col_stride == 1 && p.M <= (p.panels ? k.few_rows.panels : k.few_rows.dense);
+  const bool bf16 = p.x.dtype == DType::bf16;
+  if (p.quantized.codes) return p.M <= (bf16 ? k.few_rows_bf16 : k.few_rows).codes && p.K % 32 == 0;
+  const FewRows& most = in_pairs(p, k) ? k.few_rows_bf16 : k.few_rows;
+  return p.weight.data && p.weight.col_stride == 1 && p.M <= (p.panels ? most.panels : most.dense);
 }
 
 // S of a tile's rows from its packed fp32 elements: stored as it is, and times `scaling` as the tail's left operand.
@@ -116,10 +122,11 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
 void forward_few_rows(const LoraForward& p, const Kernels& k) {
   const int threads = useful_threads(p.threads, p.M * p.K * p.N);
   const int64_t stride = ceil_div(p.K, kChunk) * kChunk;  // a multiple of every panel too
-  const bool codes = p.quantized.codes, in_strips = Strips::fit(p, k);
-  const bool same =
-      !p.dropout.threshold && !codes && !in_strips && (p.lora_A.dtype == DType::bf16) == (p.weight.dtype == DType::bf16);
-  const DotCodes& dots = p.M <= 2 && p.x.dtype == DType::bf16 && k.codes_bf16.dot ? k.codes_bf16 : k.codes;
+  const bool codes = p.quantized.codes, in_strips = Strips::fit(p, k), pairs = !codes && !in_strips && in_pairs(p, k);
+  const bool same = !p.dropout.threshold && !codes && !in_strips && !pairs &&
+                    (p.lora_A.dtype == DType::bf16) == (p.weight.dtype == DType::bf16);
+  const DotCodes& dots = p.x.dtype == DType::bf16 && p.M <= k.few_rows_bf16.rounded ? k.codes_bf16 : k.codes;
+  const int64_t element = codes ? dots.element : pairs ? sizeof(uint16_t) : sizeof(float);  // bytes, of x in `left`
   const int64_t words = p.dropout.threshold ? mask_words(p.K) : 0;
   const Parts tiles(p.M, std::min(kDotRows, k.lanes / 2));  // two rows of the weight at a time: each load of x serves both
 
@@ -148,6 +155,8 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
       // packed below
     } else if (codes) {
       dots.order(row, p.K, mask, left + i * stride);
+    } else if (pairs) {
+      k.pairs.order(row, p.K, mask, left + i * stride);
     } else {
       k.dot_order(row, p.K, mask, p.weight.dtype, left + i * stride);
     }
@@ -185,10 +194,12 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
       }
       if (strips) strips->add(products, tiles.start(t), rows, cols, c);
       for (int64_t k0 = 0; k0 < p.K && !strips; k0 += k_block) {
-        const float* x = left + tiles.start(t) * stride + k0;
+        const float* x = left + tiles.start(t) * stride + k0 * element / int64_t{sizeof(float)};
         const int64_t count = std::min(k_block, p.K - k0);
         if (codes) {
           dots.dot(rows, x, stride, p.quantized, col, cols, k0, count, c);
+        } else if (pairs) {
+          k.pairs.dot(rows, x, stride, from(p.weight, col, k0), cols, count, c);
         } else {
           k.dot(rows, x, stride, from(p.weight, col, k0), cols, count, c);
         }

@@ -123,5 +123,6 @@ inline void dot_rounded(int rows, const float* left, int64_t left_stride, const 
 
 constexpr Kernels with_rounded_codes(Kernels kernels) {
   kernels.codes_bf16 = {dot_rounded, dot_order_rounded};
+  kernels.few_rows_bf16.rounded = 2;
   return kernels;
 }

@@ -6,11 +6,13 @@ from .export import merge_and_unload
 from .files import load_adapter, save_adapter
 from .injection import Injection, add_lora, lora_layers, lora_parameters, merge_lora, remove_lora, unmerge_lora
 from .switching import add_adapter, delete_adapter, disable_adapter, set_adapter
+from .whole_modules import ModulesToSaveWrapper
 
 __all__ = [
     "Adapter",
     "Injection",
     "LoraConfig",
+    "ModulesToSaveWrapper",
     "add_adapter",
     "add_lora",
     "add_weighted_adapter",

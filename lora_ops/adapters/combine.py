@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ..nn.adapter import check_adapter_name
 from .injection import lora_layers
+from .kinds import LoraLayer
+from .whole_modules import whole_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -132,7 +134,9 @@ def add_weighted_adapter(
 ) -> Model:
     """Adds to every LoRA layer of the model a new adapter made of those that it has: `combine`, with PEFT's argument names.
 
-    The new adapter has scaling 1, the dropout and the dtype of the first one, and is not active before `set_adapter`. Two
+    The new adapter has scaling 1, the dropout and the dtype of the first one, and is not active before `set_adapter`. Biases of
+    B (`lora_bias`) become Σ w_i s_i bias_i whatever the method; PEFT leaves them at zero. DoRA adapters are refused, because
+    magnitudes of adapters are none of their combination; PEFT makes a DoRA adapter with ‖W0‖ for its magnitude. Two
     arguments of PEFT's are left out because there is nothing that they could choose (`svd_full_matrices`, `svd_driver`), and
     `svd_clamp` because what it clips depends on the signs of singular vectors, which are arbitrary.
 
@@ -158,16 +162,26 @@ def add_weighted_adapter(
     check_adapter_name(adapter_name)
     adapters = list(adapters)
     combined: dict[str, Adapter] = {}
+    biases: dict[str, Tensor | None] = {}
     for name, layer in layers.items():
         unknown = [adapter for adapter in adapters if adapter not in layer.lora_A]
         if unknown:
             raise ValueError(f"adapters must be of {name or 'model'}'s {list(layer.lora_A)}, got {unknown[0]!r}")
         if adapter_name in layer.lora_A:
             raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}, which {name or 'model'} has already")
+        dora = [adapter for adapter in adapters if layer.use_dora[adapter]]
+        if dora:
+            raise ValueError(
+                f"adapters must be without DoRA, whose magnitudes cannot be combined, got {dora[0]!r} in {name or 'model'}"
+            )
+    for name, wrapper in whole_modules(model):
+        trained = [adapter for adapter in adapters if adapter in wrapper.modules_to_save]
+        if trained:
+            raise ValueError(f"adapters must not train whole modules, got {trained[0]!r}, which trains {name}")
     for name, layer in layers.items():
         try:
             combined[name] = combine(
-                [Adapter(layer.lora_A[a], layer.lora_B[a], layer.scaling[a]) for a in adapters],
+                [Adapter(*layer._matrices(a), layer.scaling[a]) for a in adapters],
                 weights,
                 combination_type,
                 svd_rank=svd_rank,
@@ -175,15 +189,36 @@ def add_weighted_adapter(
                 majority_sign_method=majority_sign_method,
                 generator=generator,
             )
+            biases[name] = _combined_bias(layer, adapters, weights)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{name or 'model'}: {error}; the model was left untouched") from error
     for name, layer in layers.items():
         lora_A, lora_B, _ = combined[name]
         r, dropout = lora_A.shape[0], layer.lora_dropout[adapters[0]]
-        layer.add_adapter(adapter_name, r, lora_alpha=r, lora_dropout=dropout, adapter_dtype=lora_A.dtype)
-        layer.lora_A[adapter_name].data.copy_(lora_A)
-        layer.lora_B[adapter_name].data.copy_(lora_B)
+        bias = biases[name]
+        layer.add_adapter(
+            adapter_name, r, lora_alpha=r, lora_dropout=dropout, adapter_dtype=lora_A.dtype, lora_bias=bias is not None
+        )
+        for factors, values in ((layer.lora_A, lora_A), (layer.lora_B, lora_B)):
+            factors[adapter_name].data.copy_(values.view_as(factors[adapter_name]))
+        if bias is not None:
+            layer.lora_B_bias[adapter_name].data.copy_(bias)
     return model
+
+
+def _combined_bias(layer: LoraLayer, adapters: Sequence[str], weights: Sequence[float]) -> Tensor | None:
+    """Σ w_i s_i bias_i over those adapters that have a bias of B, in fp64, rounded once to the first adapter's dtype."""
+    terms = [
+        w * layer.scaling[a] * layer.lora_B_bias[a].detach().double()
+        for w, a in zip(weights, adapters, strict=True)
+        if layer.lora_bias[a]
+    ]
+    if not terms:
+        return None
+    bias = torch.stack(terms).sum(0).to(layer.lora_A[adapters[0]].dtype)
+    if not torch.isfinite(bias).all():
+        raise ValueError(f"the combined bias of B is not finite in {bias.dtype}: weights {list(weights)}")
+    return bias
 
 
 class _Rule(NamedTuple):

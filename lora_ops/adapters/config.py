@@ -27,6 +27,13 @@ class LoraConfig:
         init_lora_weights: True, False or "gaussian", see `FusedLoraLinear`.
         rank_pattern, alpha_pattern: {regular expression: r or lora_alpha} for layers that differ. An expression must
             match a whole module name or its end after a dot; the first that matches counts.
+        modules_to_save: modules that get no adapter but are trained as a whole, as copies that belong to the adapter: a list
+            of names' ends.
+        layers_to_transform: the indices, one or a list, of the layers in which a list of `target_modules` counts; those
+            named in full count anywhere. None: all.
+        layers_pattern: the names, or regular expressions, in front of such an index ("layers", "h"). None: any.
+        use_dora: DoRA, see `FusedLoraLinear`.
+        lora_bias: B has a bias that trains, see `FusedLoraLinear`. Not with `use_dora` or "gaussian".
 
     Raises:
         ValueError, TypeError: a field out of its range, by name.
@@ -42,9 +49,21 @@ class LoraConfig:
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    use_dora: bool = False
+    lora_bias: bool = False
 
     def __post_init__(self) -> None:
-        check_adapter(self.r, self.lora_alpha, self.lora_dropout, self.init_lora_weights)
+        check_adapter(
+            self.r,
+            self.lora_alpha,
+            self.lora_dropout,
+            self.init_lora_weights,
+            use_dora=self.use_dora,
+            lora_bias=self.lora_bias,
+        )
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f'bias must be "none", "all" or "lora_only", got {self.bias!r}')
         if not isinstance(self.use_rslora, bool):
@@ -62,6 +81,8 @@ class LoraConfig:
                     check_adapter(r, alpha)
                 except ValueError as error:
                     raise ValueError(f"{name}[{key!r}]: {error}") from None
+        _check_modules_to_save(self.modules_to_save)
+        _check_layers(self.layers_to_transform, self.layers_pattern, self.target_modules)
 
     def rank_of(self, module_name: str) -> int:
         """r of the layer of that name."""
@@ -86,6 +107,25 @@ def matches_targets(targets: Targets, module_name: str) -> bool:
     return any(module_name == t or module_name.endswith(f".{t}") for t in targets)
 
 
+def in_layers(config: LoraConfig, module_name: str) -> bool:
+    """Whether a module that a list of `target_modules` names is in one of `layers_to_transform`.
+
+    The index is the first number in the name that stands after a name of two parts, or after a `layers_pattern`.
+    """
+    wanted = config.layers_to_transform
+    if wanted is None or wanted == [] or module_name in (config.target_modules or ()):
+        return True
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    regexes = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in patterns or ()] or [r".*?\.[^.]*\.(?P<index>\d+)\."]
+    match = next((m for m in (re.match(regex, module_name) for regex in regexes) if m), None)
+    return match is not None and int(match["index"]) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def is_saved_whole(config: LoraConfig, module_name: str) -> bool:
+    """Whether `modules_to_save` keeps adapters from the module."""
+    return any(re.match(rf"(^|.*\.){m}($|\..*)", module_name) for m in config.modules_to_save or ())
+
+
 def is_all_linear(targets: Targets) -> bool:
     return isinstance(targets, str) and targets.lower() == "all-linear"
 
@@ -99,6 +139,29 @@ def _check_targets(name: str, targets: Targets) -> None:
             raise TypeError(f"{name} must be a list of module names, a regular expression or None, got {targets!r}")
         if name == "target_modules" and not targets:
             raise ValueError("target_modules is empty: no layer would get an adapter")
+
+
+def _check_modules_to_save(names: list[str] | None) -> None:
+    if names is None:
+        return
+    if not isinstance(names, list | tuple | set | frozenset) or not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"modules_to_save must be a list of module names or None, got {names!r}")
+    for name in names:
+        _check_regex("modules_to_save", name)
+
+
+def _check_layers(layers: list[int] | int | None, pattern: list[str] | str | None, targets: Targets) -> None:
+    listed = list(layers) if isinstance(layers, list | tuple | set | frozenset) else [] if layers is None else [layers]
+    if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in listed):
+        raise TypeError(f"layers_to_transform must be an index, a list of indices or None, got {layers!r}")
+    patterns = [pattern] if isinstance(pattern, str) else pattern or []
+    for regex in patterns:
+        _check_regex("layers_pattern", regex)
+    for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
+        if isinstance(targets, str) and value is not None:
+            raise ValueError(f"{name} must be None where target_modules is a string, got {value!r} beside {targets!r}")
+    if patterns and layers is None:
+        raise ValueError(f"layers_pattern needs layers_to_transform, which is None; got {pattern!r}")
 
 
 def _check_regex(name: str, regex: str) -> None:

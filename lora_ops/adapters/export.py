@@ -1,28 +1,31 @@
 """A fine-tuned model as a plain one: no LoRA, its weights merged."""
 
+import warnings
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..nn.linear import FusedLoraLinear
 from ..quant import NF4Weight
 from .injection import emptied, injected_models, lora_layers, merge_layers, remove_lora, share_hooks
+from .kinds import LoraLayer
+from .whole_modules import whole_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def merge_and_unload(model: Model, to: torch.dtype | None = None) -> Model:
     """Undoes `add_lora`, in place, but for what was learnt: the original modules are back with W0 + ΔW of all active adapters,
-    rounded once, and with their names in the state dict.
+    rounded once (with DoRA and biases of B, what `FusedLoraLinear.merge` says), and with their names in the state dict.
 
     A weight that `add_lora` quantised becomes a dense one in its dtype: the 4-bit values that the adapter was trained beside,
     plus ΔW, not quantised again. bitsandbytes' Linear4bit is one again, quantised again as `FusedLoraLinear.merge` says, or an
     nn.Linear if `to` says of which dtype. What is merged already is taken as it is. A FusedLoraLinear that the user placed
     stays, as in `remove_lora`.
 
-    Who shared a weight keeps W0: a transformers model whose output layer is tied and had an adapter needs
-    `config.tie_word_embeddings = False` before it is saved.
+    Modules that were trained as a whole (`modules_to_save`) are the active adapter's copies. Who shared a weight keeps W0: if
+    an output layer and an embedding that were tied are not any more, `config.tie_word_embeddings` becomes False, with a
+    warning, as in PEFT; otherwise a saved model would be tied again when it is read.
 
     Args:
         model: what `add_lora` was called with, or what holds it.
@@ -33,12 +36,13 @@ def merge_and_unload(model: Model, to: torch.dtype | None = None) -> Model:
         model.
 
     Raises:
-        ValueError: the model has no LoRA, or a merged weight would not be finite.
+        ValueError: the model has no LoRA, or a layer cannot be merged (`merge_lora`).
         RuntimeError: no adapter is active; some layers are merged and some are not; all are, and `to` is given.
         TypeError: `to` is no dtype of a weight.
         In each case the model is as it was.
     """
-    owned = {part for owner in injected_models(model) for part in owner.modules()}
+    owners = injected_models(model)
+    owned = {part for owner in owners for part in owner.modules()}
     layers = {name: layer for name, layer in lora_layers(model) if layer in owned and "original" in vars(layer)}
     merged = [layer.merged for layer in layers.values()]
     if any(merged) and (to is not None or not all(merged)):
@@ -46,25 +50,45 @@ def merge_and_unload(model: Model, to: torch.dtype | None = None) -> Model:
     if not any(merged):
         merge_layers(layers, {name: to or _dtype_of_original(layer) for name, layer in layers.items()})
     for layer in layers.values():
-        layer.unmerged_weight = layer.merge_error = None  # what is merged is the weight from now on
+        layer.unmerged_weight = layer.unmerged_bias = layer.merge_error = None  # what is merged is the weight from now on
         if to is not None and layer.bias is not None and layer.bias.dtype != to:
             layer.bias = nn.Parameter(layer.bias.detach().to(to))
         if _was_linear4bit(layer) and not isinstance(layer.weight, NF4Weight):
             vars(layer)["original"] = _dense_shell(layer)
-    return remove_lora(model)
+    for _, wrapper in whole_modules(model):
+        wrapper.original_module = wrapper.current
+    remove_lora(model)
+    parts: list[nn.Module] = [model, *owners]
+    for part in parts:
+        _untie(part)
+    return model
 
 
-def _was_linear4bit(layer: FusedLoraLinear) -> bool:
+def _untie(model: nn.Module) -> None:
+    """Says in a transformers model's configuration whether its output layer still has the embedding's weight."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    weights = [getattr(end, "weight", None) for end in ends]
+    if all(isinstance(w, Tensor) for w in weights) and weights[0] is not weights[1]:
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+        warnings.warn(
+            "the embedding and the output layer are not tied any more: tie_word_embeddings is now False", stacklevel=3
+        )
+
+
+def _was_linear4bit(layer: LoraLayer) -> bool:
     return "params4bit" in vars(vars(layer)["original"])
 
 
-def _dtype_of_original(layer: FusedLoraLinear) -> torch.dtype | None:
+def _dtype_of_original(layer: LoraLayer) -> torch.dtype | None:
     """Of the weight that `add_lora` quantised; None: the format stays."""
     quantised = isinstance(layer.weight, NF4Weight) and not _was_linear4bit(layer)
     return layer.weight.dtype if quantised else None
 
 
-def _dense_shell(layer: FusedLoraLinear) -> nn.Module:
+def _dense_shell(layer: LoraLayer) -> nn.Module:
     """An nn.Linear in the place of bitsandbytes' Linear4bit, as yet without its weight."""
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     share_hooks(vars(layer)["original"], linear)

@@ -13,7 +13,9 @@ from ..nn.linear import FusedLoraLinear, is_conv1d
 from ..nn.quantized import check_quant, is_linear4bit
 from ..quant import NF4Weight
 from .config import LoraConfig
-from .targets import check_replaceable, some, targeted_modules
+from .kinds import LoraLayer, from_layer, replace_modules
+from .targets import check_replaceable, some, targeted_modules, warn_of_tied_weights
+from .whole_modules import copies_of, modules_to_save, whole_modules, wrap
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,30 +40,39 @@ def add_lora(
     blocksize: int = 64,
     double_quant: bool = True,
 ) -> Model:
-    """Replaces the targeted layers of `model`, in place, by `FusedLoraLinear`s and freezes every other parameter.
+    """Replaces the targeted layers of `model`, in place, by layers with adapters and freezes every other parameter.
 
-    Targeted are the layers that PEFT's LoRA would target. Weights are shared, not copied; the names in the state dict
-    stay, and `<layer>.lora_A.<adapter_name>` (r, K) and `<layer>.lora_B.<adapter_name>` (N, r) join them. A module that
-    sits in several places is replaced in all of them by one layer. A layer's forward and backward hooks go on running.
+    Targeted are the layers that PEFT's LoRA would target: linear layers become `FusedLoraLinear`s, embeddings
+    `FusedLoraEmbedding`s, convolutions `FusedLoraConv1d`s, 2d's and 3d's. Weights are shared, not copied; the names in the
+    state dict stay, and `<layer>.lora_A.<adapter_name>` (r, K) and `<layer>.lora_B.<adapter_name>` (N, r) join them (of an
+    embedding, `lora_embedding_A` and `lora_embedding_B`), as do, (N,) each, `<layer>.lora_B_bias.<adapter_name>` with
+    `lora_bias` and `<layer>.lora_magnitude_vector.<adapter_name>` with `use_dora`, which linear layers alone can have. A module
+    that sits in several places is replaced in all of them by one layer. A layer's forward and backward hooks go on running.
 
-    With `quant`, the targeted weights are quantised to 4 bits, copies that nothing else shares. Layers that bitsandbytes has
-    quantised are taken over with their codes. Either is in the state dict under bitsandbytes' keys.
+    A weight that is tied stays so: an output layer that shares an embedding's weight has that weight, without the embedding's
+    adapter, also while this is merged. What `modules_to_save` names is wrapped in a `ModulesToSaveWrapper`, which has a copy of
+    it to train: its names in the state dict are `<module>.original_module.*` and `<module>.modules_to_save.<adapter_name>.*`.
+
+    With `quant`, the targeted linear layers' weights are quantised to 4 bits, copies that nothing else shares. Layers that
+    bitsandbytes has quantised are taken over with their codes. Either is in the state dict under bitsandbytes' keys.
 
     Args:
-        model: holds nn.Linear, transformers' Conv1D or bitsandbytes' Linear4bit layers, with weights in float32, bfloat16,
-            float16 or float64, or in 4 bits.
+        model: holds nn.Linear, transformers' Conv1D, bitsandbytes' Linear4bit, nn.Embedding, nn.Conv1d, nn.Conv2d or nn.Conv3d
+            layers, with weights in float32, bfloat16, float16 or float64, or in 4 bits.
         config: see `LoraConfig`.
         adapter_name: the key of the adapter's parameters.
-        adapter_dtype, prepack: see `FusedLoraLinear`.
+        adapter_dtype: see `FusedLoraLinear`.
+        prepack: of linear layers, see `FusedLoraLinear`.
         quant, blocksize, double_quant: see `FusedLoraLinear.from_linear`.
 
     Returns:
         model.
 
     Raises:
-        ValueError: `target_modules` matches nothing, the model has an adapter already (one at a time), or a weight cannot be
-            quantised.
-        TypeError: a targeted module is not a layer that can be replaced, or an argument is of the wrong type.
+        ValueError: `target_modules` matches nothing, the model has an adapter already (one at a time), a weight cannot be
+            quantised, a rank is no multiple of a convolution's groups, or `modules_to_save` names what has or holds an adapter.
+        TypeError: a targeted module is not a layer that can be replaced, `modules_to_save` names a mere container, or an
+            argument is of the wrong type.
         In each case the model is as it was.
     """
     if not isinstance(model, nn.Module):
@@ -79,13 +90,17 @@ def add_lora(
     _check_no_adapter(model)
     targets = targeted_modules(model, config)
     check_replaceable(model, targets)
+    whole = modules_to_save(model, config, targets)
+    warn_of_tied_weights(model, [*targets, *whole])
 
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
-        layers = {}
+        layers: dict[nn.Module, LoraLayer] = {}
+        of_linear = {"prepack": prepack, "quant": quant, "blocksize": blocksize, "double_quant": double_quant}
         for module, name in targets.items():
+            make = from_layer(module)
             try:
-                layers[module] = FusedLoraLinear.from_linear(
+                layers[module] = make(
                     module,
                     config.rank_of(name),
                     lora_alpha=config.alpha_of(name),
@@ -93,14 +108,14 @@ def add_lora(
                     use_rslora=config.use_rslora,
                     init_lora_weights=config.init_lora_weights,
                     adapter_dtype=adapter_dtype,
-                    prepack=prepack,
                     adapter_name=adapter_name,
-                    quant=quant,
-                    blocksize=blocksize,
-                    double_quant=double_quant,
+                    use_dora=config.use_dora,
+                    lora_bias=config.lora_bias,
+                    **(of_linear if make == FusedLoraLinear.from_linear else {}),
                 )
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{name}: {error}; the model was left untouched") from error
+        copies = copies_of(whole)
     except BaseException:
         _set_requires_grad(model, requires_grad)  # from_linear freezes
         raise
@@ -109,8 +124,11 @@ def add_lora(
     for module, layer in layers.items():
         share_hooks(module, layer)
         vars(layer)["original"] = emptied(module)  # not through setattr, which would make it a submodule
-    _replace(model, {**layers})
+    replace_modules(model, {**layers})
     _train_biases(model, config.bias)
+    wrap(model, copies, adapter_name)
+    for _, wrapper in whole_modules(model):
+        wrapper.set_adapter([adapter_name])
     model.lora_injection = Injection(adapter_name, config, requires_grad)  # type: ignore[assignment]
     return model
 
@@ -118,8 +136,9 @@ def add_lora(
 def remove_lora(model: Model) -> Model:
     """Undoes `add_lora`: puts the original modules back, unmerged, with the `requires_grad` flags that they had.
 
-    Biases that were trained (`LoraConfig.bias`) keep their values. A layer that `add_lora` quantised comes back as what it
-    was, nn.Linear or Conv1D, with the dequantised weight: the one before is gone. A Linear4bit has its codes again.
+    Biases that were trained (`LoraConfig.bias`) keep their values; copies of whole modules (`modules_to_save`) go. A layer
+    that `add_lora` quantised comes back as what it was, nn.Linear or Conv1D, with the dequantised weight: the one before is
+    gone. A Linear4bit has its codes again.
 
     Raises:
         ValueError: neither `model` nor a part of it is a model that `add_lora` was called with.
@@ -135,10 +154,13 @@ def remove_lora(model: Model) -> Model:
             if layer.merged:
                 layer.unmerge()
             original.weight = _weight_for(original, layer.weight)
-            original.bias = layer.bias
+            if "bias" in original._parameters:
+                original.bias = layer.bias
+            original._buffers.update({name: t for name, t in layer._buffers.items() if name in original._buffers})
             original.training = layer.training
             originals[layer] = original
-        _replace(owner, originals)
+        originals |= {wrapper: wrapper.original_module.train(wrapper.training) for _, wrapper in whole_modules(owner)}
+        replace_modules(owner, originals)
         _set_requires_grad(owner, vars(owner).pop("lora_injection").requires_grad)
     return model
 
@@ -155,19 +177,21 @@ def injected_models(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoraLinear]]:
-    """(name, layer) for every `FusedLoraLinear` of the model, each layer once."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, FusedLoraLinear))
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """(name, layer) for every layer of the model with adapters of ours, each layer once."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer))
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The trainable parameters of the model's adapters: every A and B, each once. Trained biases are not among them.
+    """The trainable parameters of the model's adapters: every A and B, biases of B and DoRA's magnitudes, and the modules that
+    are trained as a whole (`modules_to_save`), each once. The layers' own biases (`LoraConfig.bias`) are not among them.
 
     Raises:
         ValueError: there are none.
     """
     layers = [layer for _, layer in lora_layers(model)]
-    parameters = [p for layer in layers for pair in (layer.lora_A, layer.lora_B) for p in pair.values()]
+    parameters = [p for layer in layers for of_adapters in layer.parameter_dicts for p in of_adapters.values()]
+    parameters += [p for _, wrapper in whole_modules(model) for p in wrapper.parameters()]
     trainable = [p for p in dict.fromkeys(parameters) if p.requires_grad]
     if not trainable:
         raise ValueError(f"model has no trainable adapter parameter ({len(layers)} layers with LoRA); see add_lora")
@@ -180,7 +204,8 @@ def merge_lora(model: Model, to: torch.dtype | None = None) -> Model:
     Raises:
         RuntimeError: a layer is merged already.
         TypeError: `to` is no dtype of a weight.
-        ValueError: there is no layer with LoRA, or a merged weight would not be finite.
+        ValueError: there is no layer with LoRA, or one that cannot be merged (a weight that would not be finite, a bias of B
+            and no bias to take it).
     """
     layers = _layers_to_change(model, merged=False)
     merge_layers(layers, dict.fromkeys(layers, to))
@@ -199,9 +224,9 @@ def unmerge_lora(model: Model) -> Model:
     return model
 
 
-def merge_layers(layers: Mapping[str, FusedLoraLinear], to: Mapping[str, torch.dtype | None]) -> None:
+def merge_layers(layers: Mapping[str, LoraLayer], to: Mapping[str, torch.dtype | None]) -> None:
     """Merges these layers, each to its dtype, or none if one fails."""
-    done: list[FusedLoraLinear] = []
+    done: list[LoraLayer] = []
     for name, layer in layers.items():
         try:
             layer.merge(to[name])
@@ -214,7 +239,7 @@ def merge_layers(layers: Mapping[str, FusedLoraLinear], to: Mapping[str, torch.d
         done.append(layer)
 
 
-def _layers_to_change(model: nn.Module, *, merged: bool) -> dict[str, FusedLoraLinear]:
+def _layers_to_change(model: nn.Module, *, merged: bool) -> dict[str, LoraLayer]:
     layers = dict(lora_layers(model))
     if not layers:
         raise ValueError("model has no layer with LoRA; see add_lora")
@@ -227,7 +252,7 @@ def _layers_to_change(model: nn.Module, *, merged: bool) -> dict[str, FusedLoraL
 
 def _check_no_adapter(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, FusedLoraLinear):
+        if isinstance(module, LoraLayer):
             raise ValueError(
                 f"model already has LoRA: {module._active()} in {name or 'model'}. "
                 "Call remove_lora(model) first; the model was left untouched"
@@ -239,18 +264,11 @@ def _check_no_adapter(model: nn.Module) -> None:
             )
 
 
-def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in new:
-                setattr(parent, name, new[child])
-
-
 def emptied(module: nn.Module) -> nn.Module:
     """A shell without parameters: nothing that is moved, cast or freed later lives on in it."""
     if is_linear4bit(module):
         vars(module).update(params4bit=type(module.weight), quant_state=None)
-    module._parameters.update(weight=None, bias=None)
+    module._parameters.update({name: None for name in ("weight", "bias") if name in module._parameters})
     return module
 
 

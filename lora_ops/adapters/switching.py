@@ -10,6 +10,8 @@ from torch import nn
 from ..nn.adapter import check_adapter_name
 from .config import LoraConfig
 from .injection import lora_layers
+from .kinds import LoraLayer, check_variants
+from .whole_modules import copies_of, modules_to_save, whole_modules, wrap
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -17,17 +19,23 @@ Model = TypeVar("Model", bound=nn.Module)
 def add_adapter(model: Model, config: LoraConfig, adapter_name: str, *, adapter_dtype: torch.dtype | None = None) -> Model:
     """A second adapter, or a further one, in the layers that `add_lora` made. Not active before `set_adapter`.
 
-    Every layer gets it, with the rank, lora_alpha, dropout and initialisation that the configuration has for the layer;
-    `target_modules` and `bias` are not looked at.
+    Every layer gets it, with the rank, lora_alpha, dropout and initialisation that the configuration has for the layer, and
+    what `modules_to_save` names is copied for it; `target_modules` and `bias` are not looked at.
 
     Raises:
-        ValueError: the model has no LoRA layers, or has an adapter of that name. It is left untouched.
+        ValueError: the model has no LoRA layers, or has an adapter of that name, or a layer cannot have that rank.
+        TypeError, ValueError: `modules_to_save` names what cannot be trained beside them.
+        In each case the model is as it was.
     """
     layers = _layers(model)
     check_adapter_name(adapter_name)
     taken = [name for name, layer in layers.items() if adapter_name in layer.lora_A]
     if taken:
         raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}, which {taken[0]} has already")
+    for name, layer in layers.items():
+        check_variants(layer, config.use_dora, config.lora_bias)
+        layer._factor_shapes(config.rank_of(name))  # raises where the layer cannot have it
+    copies = copies_of(modules_to_save(model, config, {layer: name for name, layer in layers.items()}))
     for name, layer in layers.items():
         layer.add_adapter(
             adapter_name,
@@ -37,7 +45,10 @@ def add_adapter(model: Model, config: LoraConfig, adapter_name: str, *, adapter_
             use_rslora=config.use_rslora,
             init_lora_weights=config.init_lora_weights,
             adapter_dtype=adapter_dtype,
+            use_dora=config.use_dora,
+            lora_bias=config.lora_bias,
         )
+    wrap(model, copies, adapter_name)
     return model
 
 
@@ -45,7 +56,7 @@ def set_adapter(model: Model, adapter_name: str | Sequence[str]) -> Model:
     """Makes an adapter, or several together, the active one of every layer. They alone train.
 
     Raises:
-        ValueError: a layer has no adapter of that name; none is changed.
+        ValueError: a layer has no adapter of that name, or two of the adapters train the same whole module; none is changed.
         RuntimeError: a layer is merged; none is changed.
     """
     layers = _layers(model)
@@ -53,8 +64,12 @@ def set_adapter(model: Model, adapter_name: str | Sequence[str]) -> Model:
     for layer in layers.values():
         layer._check_names(names)
         layer._check_not_merged("set_adapter")
+    for _, wrapper in whole_modules(model):
+        wrapper.check_adapters(names)
     for layer in layers.values():
         layer.set_adapter(names)
+    for _, wrapper in whole_modules(model):
+        wrapper.set_adapter(names)
     return model
 
 
@@ -71,24 +86,26 @@ def delete_adapter(model: Model, adapter_name: str) -> Model:
         layer._check_not_merged("delete_adapter")
     for layer in layers.values():
         layer.delete_adapter(adapter_name)
+    for _, wrapper in whole_modules(model):
+        wrapper.delete_adapter(adapter_name)
     return model
 
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """`with disable_adapter(model):` the frozen model, in which what is merged stays merged."""
-    layers = _layers(model).values()
-    before = [layer.adapters_disabled for layer in layers]
-    for layer in layers:
-        layer.disable_adapters()
+    parts = [*_layers(model).values(), *(wrapper for _, wrapper in whole_modules(model))]
+    before = [part.adapters_disabled for part in parts]
+    for part in parts:
+        part.adapters_disabled = True
     try:
         yield
     finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer.adapters_disabled = disabled
+        for part, disabled in zip(parts, before, strict=True):
+            part.adapters_disabled = disabled
 
 
-def _layers(model: nn.Module):  # type: ignore[no-untyped-def]
+def _layers(model: nn.Module) -> dict[str, LoraLayer]:
     layers = dict(lora_layers(model))
     if not layers:
         raise ValueError("model has no layer with LoRA; see add_lora")

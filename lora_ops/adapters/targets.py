@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..nn.conv import is_conv
+from ..nn.embedding import is_embedding
 from ..nn.linear import FusedLoraLinear, is_conv1d
 from ..nn.quantized import is_linear4bit
-from .config import LoraConfig, Targets, is_all_linear, matches_pattern, matches_targets
+from .config import LoraConfig, Targets, in_layers, is_all_linear, is_saved_whole, matches_pattern, matches_targets
 
 # PEFT's choice of target_modules where the user makes none.
 _DEFAULT_TARGETS: dict[tuple[str, ...], str] = {
@@ -55,11 +57,14 @@ def targeted_modules(model: nn.Module, config: LoraConfig) -> dict[nn.Module, st
         output = getattr(model, "get_output_embeddings", lambda: None)()
         found = [(name, m) for name, m in modules if m in linears and m is not output]
     else:
-        found = [(name, m) for name, m in modules if matches_targets(wanted, name)]
-    kept = [(name, m) for name, m in found if not matches_targets(config.exclude_modules, name)]
+        found = [(name, m) for name, m in modules if matches_targets(wanted, name) and in_layers(config, name)]
+    excluded = [name for name, _ in found if matches_targets(config.exclude_modules, name) or is_saved_whole(config, name)]
+    kept = [(name, m) for name, m in found if name not in excluded]
     if not kept:
-        excluded = f" but what exclude_modules={config.exclude_modules!r} takes away" if found else ""
-        raise ValueError(f"target_modules={wanted!r} matches nothing in the model{excluded}. {has}")
+        fields = ("exclude_modules", "modules_to_save") if found else ("layers_to_transform", "layers_pattern")
+        given = [f"{field}={value!r}" for field in fields if (value := getattr(config, field)) is not None]
+        but = f" but what {' and '.join(given)} takes away" if found else f" with {' and '.join(given)}" if given else ""
+        raise ValueError(f"target_modules={wanted!r} matches nothing in the model{but}. {has}")
     for field in ("rank_pattern", "alpha_pattern"):
         unused = [key for key in getattr(config, field) if not any(matches_pattern(key, name) for name, _ in kept)]
         if unused:
@@ -73,7 +78,7 @@ def targeted_modules(model: nn.Module, config: LoraConfig) -> dict[nn.Module, st
 
 
 def check_replaceable(model: nn.Module, targets: Mapping[nn.Module, str]) -> None:
-    """Raises TypeError for a layer that a FusedLoraLinear cannot stand in for."""
+    """Raises TypeError for a layer that none of ours can stand in for."""
     # They read the weights of their children instead of calling them (the encoder layer does so in eval mode).
     readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
     read = {child: type(m).__name__ for m in model.modules() if isinstance(m, readers) for child in m.children()}
@@ -81,8 +86,11 @@ def check_replaceable(model: nn.Module, targets: Mapping[nn.Module, str]) -> Non
         weight = module._parameters.get("weight")
         four_bit = is_linear4bit(module)
         plain = type(module).forward is nn.Linear.forward or is_conv1d(module) or four_bit
-        if not plain or "forward" in vars(module):
-            why = "only nn.Linear, transformers' Conv1D and bitsandbytes' quantised Linear4bit are, with their own forward"
+        if not (plain or is_embedding(module) or is_conv(module)) or "forward" in vars(module):
+            why = (
+                "only nn.Linear, transformers' Conv1D, bitsandbytes' quantised Linear4bit, nn.Embedding, nn.Conv1d, nn.Conv2d "
+                "and nn.Conv3d are, with their own forward"
+            )
         elif module in read:
             why = f"{read[module]} reads its weight without calling it"
         elif four_bit:
@@ -97,6 +105,24 @@ def check_replaceable(model: nn.Module, targets: Mapping[nn.Module, str]) -> Non
             f"target_modules takes in {name}, a {type(module).__name__}, which is not supported: {why}. "
             "Leave it out with exclude_modules; the model was left untouched"
         )
+
+
+def warn_of_tied_weights(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Warns where a module that gets an adapter, or a copy of its own, shares a weight with another one."""
+    changed = {part for module in modules for part in module.modules()}
+    users: dict[nn.Parameter, dict[nn.Module, str]] = {}
+    for name, module in model.named_modules():
+        for p in module._parameters.values():
+            if p is not None:
+                users.setdefault(p, {})[module] = name
+    for of_weight in users.values():
+        if len(of_weight) > 1 and changed & of_weight.keys():
+            names = " and ".join(of_weight.values())
+            warnings.warn(
+                f"{names} share a weight. Each keeps it, merged or not: what the adapter of one learns changes nothing of the "
+                "other. In PEFT, merging changes both",
+                stacklevel=3,
+            )
 
 
 def some(names: Iterable[str], at_most: int = 5) -> str:

@@ -1,6 +1,7 @@
 """The adapters of a layer, by name: which there are, which are active, which train."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,11 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dora import row_norms, weight_norm
+from ..quant import NF4Weight
 from ..stacking import stack
+from .quantized import frozen_linear
 
 
 class NamedAdapters(nn.Module):
-    """A layer whose parameters `lora_A[name]` (r, K) and `lora_B[name]` (N, r) belong to adapters with names.
+    """A layer whose parameters `lora_A[name]` (r, K) and `lora_B[name]` (N, r) belong to adapters with names, as do the
+    `lora_B_bias[name]` (N,) of those with `lora_bias` and the `lora_magnitude_vector[name]` (N,) of those that are DoRA.
 
     Those in `active_adapters` are added to the layer's output; they alone train. Names and meanings are PEFT's.
     """
@@ -20,10 +25,13 @@ class NamedAdapters(nn.Module):
     weight: Any
     in_features: int
     out_features: int
+    bias: Tensor | None
 
     def _setup_adapters(self) -> None:
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
+        self.lora_B_bias = nn.ParameterDict()
+        self.lora_magnitude_vector = nn.ParameterDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
@@ -31,6 +39,28 @@ class NamedAdapters(nn.Module):
         self.scaling: dict[str, float] = {}
         self.active_adapters: list[str] = []
         self.adapters_disabled = False
+        self._norms: tuple[Any, ...] | None = None
+
+    @property
+    def use_dora(self) -> dict[str, bool]:
+        """Which adapters are DoRA."""
+        return {name: name in self.lora_magnitude_vector for name in self.lora_A}
+
+    @property
+    def lora_bias(self) -> dict[str, bool]:
+        """Which adapters have a bias of B."""
+        return {name: name in self.lora_B_bias for name in self.lora_A}
+
+    @property
+    def parameter_dicts(self) -> tuple[nn.ParameterDict, ...]:
+        """Whatever parameters adapters have, each by the adapter's name."""
+        return self.lora_A, self.lora_B, self.lora_B_bias, self.lora_magnitude_vector
+
+    @property
+    def base_weight(self) -> Any:
+        """W0, whether adapters are merged into `weight` or not."""
+        unmerged = getattr(self, "unmerged_weight", None)
+        return self.weight if unmerged is None else unmerged
 
     @property
     def active_adapter(self) -> str:
@@ -53,23 +83,29 @@ class NamedAdapters(nn.Module):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
+        lora_bias: bool = False,
     ) -> None:
         """A new adapter of its own rank, beside the others. It is not active, and does not train, before `set_adapter`.
 
         Args:
             adapter_name: a name that the layer does not have yet.
-            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype: as of the layer's first adapter.
+            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias: as of the layer's
+                first adapter.
 
         Raises:
             ValueError, TypeError: an argument out of its range, by name; a name that is taken.
         """
-        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
+        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype, use_dora, lora_bias)
         check_adapter_name(adapter_name)
         if adapter_name in self.lora_A:
             raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}, which {self._names()} has already")
-        self._new_adapter(adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
-        for factors in (self.lora_A, self.lora_B):
-            factors[adapter_name].requires_grad_(False)
+        self._new_adapter(
+            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias
+        )
+        for parameters in self.parameter_dicts:
+            if adapter_name in parameters:
+                parameters[adapter_name].requires_grad_(False)
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Makes this adapter, or these, the active one, and has it train and no other.
@@ -82,9 +118,9 @@ class NamedAdapters(nn.Module):
         self._check_names(names)
         self._check_not_merged("set_adapter")
         self.active_adapters = names
-        for factors in (self.lora_A, self.lora_B):
-            for name, factor in factors.items():
-                factor.requires_grad_(name in names)
+        for parameters in self.parameter_dicts:
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(name in names)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter. If it was active, those that are left of the active ones stay so.
@@ -95,7 +131,10 @@ class NamedAdapters(nn.Module):
         """
         self._check_names([adapter_name])
         self._check_not_merged("delete_adapter")
-        for of_all in (self.lora_A, self.lora_B, self.r, self.lora_alpha, self.lora_dropout, self.use_rslora, self.scaling):
+        for parameters in self.parameter_dicts:
+            if adapter_name in parameters:
+                del parameters[adapter_name]
+        for of_all in (self.r, self.lora_alpha, self.lora_dropout, self.use_rslora, self.scaling):
             del of_all[adapter_name]
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
 
@@ -114,7 +153,7 @@ class NamedAdapters(nn.Module):
 
     @torch.no_grad()
     def reset_lora_parameters(self, adapter_name: str = "default", init_lora_weights: bool | str = True) -> None:
-        """Initialises A and B anew (see `init_lora_weights` of the layer)."""
+        """Initialises A, B and its bias anew (see `init_lora_weights` of the layer), and then DoRA's magnitude."""
         A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
         if A.is_meta:
             return
@@ -126,6 +165,13 @@ class NamedAdapters(nn.Module):
             nn.init.kaiming_uniform_(B, a=math.sqrt(5))
         else:
             nn.init.zeros_(B)
+        if adapter_name in self.lora_B_bias:
+            bound = 1 / math.sqrt(self.r[adapter_name]) if init_lora_weights is False else 0.0
+            nn.init.uniform_(self.lora_B_bias[adapter_name], -bound, bound)
+        if adapter_name in self.lora_magnitude_vector:
+            self.lora_magnitude_vector[adapter_name].copy_(
+                weight_norm(self.base_weight, A, B, self.scaling[adapter_name], row_norms(self.base_weight))
+            )
 
     def _new_adapter(
         self,
@@ -136,16 +182,40 @@ class NamedAdapters(nn.Module):
         use_rslora: bool,
         init_lora_weights: bool | str,
         adapter_dtype: torch.dtype | None,
+        use_dora: bool,
+        lora_bias: bool,
     ) -> None:
+        if lora_bias and self.bias is None:
+            warnings.warn(f'lora_bias is True for adapter "{name}" of a layer without bias: it cannot be merged', stacklevel=3)
         half = self.weight.dtype in (torch.bfloat16, torch.float16)
         dtype = adapter_dtype or (torch.float32 if half else self.weight.dtype)
         device = self.weight.device
-        A = torch.empty((r, self.in_features), dtype=dtype, device=device)
-        B = torch.empty((self.out_features, r), dtype=dtype, device=device)
+        A, B = (torch.empty(shape, dtype=dtype, device=device) for shape in self._factor_shapes(r))
         self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
+        if lora_bias:
+            self.lora_B_bias[name] = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device))
+        if use_dora:  # near ‖W0‖, so that the steps of training would vanish in half precision
+            m = torch.empty(self.out_features, dtype=torch.promote_types(dtype, torch.float32), device=device)
+            self.lora_magnitude_vector[name] = nn.Parameter(m)
         self.r[name], self.lora_dropout[name] = r, lora_dropout
         self.set_scaling(name, lora_alpha, use_rslora)
         self.reset_lora_parameters(name, init_lora_weights)
+
+    def _factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of an adapter's A and B.
+
+        Raises:
+            ValueError: the layer cannot have an adapter of that rank.
+        """
+        return (r, self.in_features), (self.out_features, r)
+
+    def _matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        """An adapter's A as (r, K) and B as (N, r), views.
+
+        Raises:
+            ValueError: they are no matrices (convolutions in groups).
+        """
+        return self.lora_A[name], self.lora_B[name]
 
     def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor, float]:
         """A, B and scaling of an adapter, or of several as one."""
@@ -155,15 +225,90 @@ class NamedAdapters(nn.Module):
         return stack(As, Bs, [self.scaling[name] for name in names])
 
     def _together_and_apart(self) -> tuple[list[str], list[str]]:
-        """The active adapters that one call can take, and the others: each adapter draws a mask of its own."""
+        """The active adapters that one call can take, and the others: each adapter draws a mask of its own, and beside DoRA,
+        which scales what is there before it, there is no call for any."""
         names = self.active_adapters
-        if len(names) == 1 or not (self.training and any(self.lora_dropout[name] for name in names)):
+        if len(names) == 1:
+            return names, []
+        if any(name in self.lora_magnitude_vector for name in names):
+            return [], names
+        if not (self.training and any(self.lora_dropout[name] for name in names)):
             return names, []
         return names[:1], names[1:]
 
+    def _bias_with(self, names: Sequence[str]) -> Tensor | None:
+        """The layer's bias, and of every adapter with a bias of B that, times its scaling, in fp32 at least."""
+        bias = self.bias
+        for name in names:
+            if name in self.lora_B_bias:
+                scaled = self._scaled_bias(name)
+                bias = scaled if bias is None else bias + scaled
+        return bias
+
+    def _scaled_bias(self, name: str) -> Tensor:
+        bias = self.lora_B_bias[name]
+        return bias.to(torch.promote_types(bias.dtype, torch.float32)) * self.scaling[name]
+
+    def _plus(self, y: Tensor, x: Tensor, name: str) -> Tensor:
+        """y, the output so far, with one more adapter, by PEFT's formula. It draws its own mask, x̃ = drop(x).
+
+        LoRA                     y + scaling · ((x̃ Aᵀ) Bᵀ + its bias)
+        DoRA                     bias + c ∘ (y - bias + scaling · (x Aᵀ) Bᵀ): all that came before is scaled, too
+        DoRA, where it drops     y + (c - 1) ∘ x̃ W0ᵀ + c ∘ scaling · (x̃ Aᵀ) Bᵀ
+        """
+        p = self.lora_dropout[name] if self.training else 0.0
+        x = x.to(self.lora_A[name].dtype)
+        if name not in self.lora_magnitude_vector:
+            return y + self._low_rank(F.dropout(x, p), name)
+        c = self.lora_magnitude_vector[name] / self._weight_norm(name)
+        if p == 0.0:
+            return y + (c - 1) * (y if self.bias is None else y - self.bias) + c * self._low_rank(x, name)
+        x = x * torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p) / (1 - p)
+        weight = self.weight if isinstance(self.weight, NF4Weight) else self.weight.to(x.dtype)
+        return y + (c - 1) * frozen_linear(x, weight, None) + c * self._low_rank(x, name)
+
     def _low_rank(self, x: Tensor, name: str) -> Tensor:
         A, B = self.lora_A[name], self.lora_B[name]
-        return F.linear(F.linear(F.dropout(x.to(A.dtype), self.lora_dropout[name], self.training), A), B) * self.scaling[name]
+        return F.linear(F.linear(x, A), B, self.lora_B_bias.get(name)) * self.scaling[name]
+
+    def _weight_norm(self, name: str) -> Tensor:
+        return weight_norm(self.weight, self.lora_A[name], self.lora_B[name], self.scaling[name], self._row_norms())
+
+    def _row_norms(self) -> Tensor:
+        """‖W0‖² of every row, kept from the first call on and made anew as `_packed` does."""
+        weight = self.weight
+        if torch.compiler.is_compiling():
+            return row_norms(weight)
+        state = version_of(weight)
+        if self._norms is None or self._norms[0] != state:
+            self._norms = (state, row_norms(weight), weight if isinstance(weight, NF4Weight) else weight.detach())
+        return self._norms[1]
+
+    @torch.no_grad()
+    def delta_weight(self, adapter_name: str | None = None) -> Tensor:
+        """scaling · B A, (N, K), in fp32 (fp64 for fp64 adapters), of an adapter, or the sum of those that are active. As
+        PEFT's `get_delta_weight` it knows nothing of DoRA's magnitude."""
+        A, B, scaling = self._factors([adapter_name] if adapter_name else self.active_adapters)
+        wide = torch.promote_types(A.dtype, torch.float32)
+        return scaling * (B.to(wide) @ A.to(wide))
+
+    @torch.no_grad()
+    def _with_active(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """W0 with what every active adapter makes of it, one after the other, in fp32 at least, and what they add to the bias:
+
+        LoRA    W + ΔW                                                     b + scaling · bias of B
+        DoRA    c ∘ (W + ΔW), c = magnitude / ‖W0 + ΔW‖                    c ∘ b
+        """
+        merged, bias = weight, None
+        for name in self.active_adapters:
+            delta = self.delta_weight(name)
+            merged = merged + delta
+            if name in self.lora_B_bias:
+                bias = self._scaled_bias(name) + (0 if bias is None else bias)
+            if name in self.lora_magnitude_vector:
+                c = self.lora_magnitude_vector[name] / torch.linalg.vector_norm(weight + delta, dim=1)
+                merged, bias = merged * c[:, None], None if bias is None else bias * c
+        return merged, bias
 
     def _check_names(self, names: Sequence[str]) -> None:
         unknown = [name for name in names if name not in self.lora_A]
@@ -186,7 +331,10 @@ class NamedAdapters(nn.Module):
         if len(self.lora_A) != 1:
             return f"adapters={dict(self.r)}, active={self.active_adapters}"
         (name,) = self.lora_A
-        return f"r={self.r[name]}, lora_alpha={self.lora_alpha[name]}, lora_dropout={self.lora_dropout[name]}"
+        variants = [f", {field}=True" for field in ("use_dora", "lora_bias") if getattr(self, field)[name]]
+        return (
+            f"r={self.r[name]}, lora_alpha={self.lora_alpha[name]}, lora_dropout={self.lora_dropout[name]}{''.join(variants)}"
+        )
 
 
 def check_adapter(
@@ -195,6 +343,8 @@ def check_adapter(
     lora_dropout: float = 0.0,
     init_lora_weights: bool | str = True,
     adapter_dtype: torch.dtype | None = None,
+    use_dora: bool = False,
+    lora_bias: bool = False,
 ) -> None:
     """Raises ValueError or TypeError naming the argument that does not fit, what it is and what it may be."""
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
@@ -207,6 +357,20 @@ def check_adapter(
         raise ValueError(f'init_lora_weights must be True, False or "gaussian", got {init_lora_weights!r}')
     if adapter_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"adapter_dtype must be float32, bfloat16, float16, float64 or None, got {adapter_dtype!r}")
+    for field, value in (("use_dora", use_dora), ("lora_bias", lora_bias)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{field} must be True or False, got {value!r}")
+    if lora_bias and use_dora:
+        raise ValueError("lora_bias must be False with use_dora, got True")
+    if lora_bias and not isinstance(init_lora_weights, bool):
+        raise ValueError(f"init_lora_weights must be True or False with lora_bias, got {init_lora_weights!r}")
+
+
+def version_of(weight: Tensor | NF4Weight) -> tuple[Any, ...]:
+    """Another value after every change of the weight but one through `.data`, as long as the weight of before lives."""
+    t = weight.codes if isinstance(weight, NF4Weight) else weight
+    version = 0 if t.is_inference() else t._version
+    return version, t.data_ptr(), t.shape, t.stride(), weight.dtype
 
 
 def check_adapter_name(adapter_name: str) -> None:

@@ -3,24 +3,26 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dora import dora_linear
 from ..functional import lora_linear, qlora_linear
 from ..ops import pack_weight
 from ..quant import NF4Weight
-from .adapter import NamedAdapters, check_adapter, check_adapter_name
-from .quantized import applied, check_quant, is_linear4bit, linear_4bit, loaded, quantised, requantise, split_state
+from .adapter import NamedAdapters, check_adapter, check_adapter_name, version_of
+from .quantized import applied, check_quant, frozen_linear, is_linear4bit, loaded, quantised, requantise, split_state
 
 
 class FusedLoraLinear(NamedAdapters):
     """Drop-in for `nn.Linear` with a trainable low-rank update: y = x W0ᵀ + scaling · (drop(x) Aᵀ) Bᵀ + bias.
 
     Parameters: `weight` (N, K) and `bias` (N,), frozen; `lora_A[name]` (r, K) and `lora_B[name]` (N, r), trainable, keyed by
-    the adapter's name, "default" first. `add_adapter`, `set_adapter`, `delete_adapter` and `disable_adapters` are those of
-    PEFT's layers; several active adapters are one call of their ranks together, unless they draw masks of dropout. Operator,
-    dtypes and numerics: `lora_ops.lora_linear`. With a weight in 4 bits (see `from_linear`) `weight` is an `NF4Weight` and no
-    parameter: `lora_ops.qlora_linear`.
+    the adapter's name, "default" first; with `lora_bias` and `use_dora` also `lora_B_bias[name]` and
+    `lora_magnitude_vector[name]`, (N,) each. `add_adapter`, `set_adapter`, `delete_adapter` and `disable_adapters` are those of
+    PEFT's layers; several active adapters are one call of their ranks together, unless they draw masks of dropout (the first
+    one is fused then) or one is DoRA (none is): the others are added, one after the other, by PEFT's formulas. Operator and
+    numerics: `lora_ops.lora_linear`, of DoRA `lora_ops.dora_linear`. With a weight in 4 bits (see `from_linear`) `weight` is
+    an `NF4Weight` and no parameter: `lora_ops.qlora_linear`.
 
     Args:
         in_features, out_features: K and N.
@@ -35,7 +37,13 @@ class FusedLoraLinear(NamedAdapters):
         adapter_dtype: of A and B. None: float32 over a half-precision weight, as PEFT does, else the weight's dtype.
         prepack: keep the weight in packed panels too: faster for about 12 to 128 rows, for as much memory again as an
             fp32 weight takes (half of that where bf16 products run in bf16 arithmetic). The copy follows the weight,
-            except where it is written to through `weight.data`, which torch does not count as a change.
+            except where it is written to through `weight.data`, which torch does not count as a change. DoRA does not read it.
+        use_dora: y = c ∘ (x W0ᵀ + scaling · (x Aᵀ) Bᵀ) + bias with c = lora_magnitude_vector / ‖W0 + scaling · B A‖, row by
+            row, the norm a constant of the backward (DoRA: Liu et al. 2024, https://arxiv.org/abs/2402.09353). The magnitude
+            is that norm at first, and trains. It is float32 where A and B are in half precision. ‖W0‖ is kept from the first
+            call on and follows the weight as the copy of `prepack` does.
+        lora_bias: B has a bias, `lora_B_bias[name]`, zero at first (uniform in ±1/sqrt(r) where `init_lora_weights` is False)
+            and trainable: y = x W0ᵀ + scaling · ((drop(x) Aᵀ) Bᵀ + lora_B_bias) + bias. Not with `use_dora` or "gaussian".
 
     Raises:
         ValueError, TypeError: an argument out of its range, by name.
@@ -56,12 +64,16 @@ class FusedLoraLinear(NamedAdapters):
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
         prepack: bool = False,
+        use_dora: bool = False,
+        lora_bias: bool = False,
     ) -> None:
-        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
+        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype, use_dora, lora_bias)
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._setup(linear.weight, linear.bias, prepack)
-        self._new_adapter("default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        self._new_adapter(
+            "default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias
+        )
         self.active_adapters = ["default"]
 
     @classmethod
@@ -80,6 +92,8 @@ class FusedLoraLinear(NamedAdapters):
         quant: str | None = None,
         blocksize: int = 64,
         double_quant: bool = True,
+        use_dora: bool = False,
+        lora_bias: bool = False,
     ) -> "FusedLoraLinear":
         """Wraps an `nn.Linear` or a transformers `Conv1D`, sharing its weight and bias: nothing is copied.
 
@@ -100,7 +114,7 @@ class FusedLoraLinear(NamedAdapters):
             ValueError: an argument out of its range, by name; a weight that cannot be quantised because it is not finite;
                 a Linear4bit that bitsandbytes has repacked (`NF4Weight.from_params4bit`).
         """
-        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
+        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype, use_dora, lora_bias)
         check_adapter_name(adapter_name)
         check_quant(quant, blocksize)
         weight, bias = _weight_of(linear)
@@ -111,7 +125,9 @@ class FusedLoraLinear(NamedAdapters):
         nn.Module.__init__(module)
         module._setup(weight, bias, prepack)
         module.fan_in_fan_out = is_conv1d(linear) and isinstance(weight, Tensor)
-        module._new_adapter(adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        module._new_adapter(
+            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias
+        )
         module.active_adapters = [adapter_name]
         module.train(linear.training)
         return module
@@ -120,7 +136,9 @@ class FusedLoraLinear(NamedAdapters):
     bias: Tensor | None
     # W0 while it is merged: the very parameter, so that what is tied to it stays tied. Not registered: no state dict has it.
     unmerged_weight: Tensor | NF4Weight | None
-    # Of a merged weight that went back to 4 bits: its relative Frobenius error against W0 + scaling · B A. Else None.
+    # The bias of before, likewise, while a bias of B is merged into it.
+    unmerged_bias: Tensor | None
+    # Of a merged weight that went back to 4 bits: its relative Frobenius error against the one that it stands for. Else None.
     merge_error: float | None
 
     def _setup(self, weight: Tensor | NF4Weight, bias: Tensor | None, prepack: bool) -> None:
@@ -133,34 +151,39 @@ class FusedLoraLinear(NamedAdapters):
         self._panels: Tensor | None = None
         self._panels_of: tuple[Any, ...] | None = None
         self._packed_weight: Tensor | None = None
-        self.unmerged_weight = None
+        self.unmerged_weight = self.unmerged_bias = None
         self.merge_error = None
 
     @property
     def merged(self) -> bool:
-        """Whether `weight` holds W0 + scaling · B A at present."""
+        """Whether `weight` holds the active adapters at present."""
         return self.unmerged_weight is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
         if self.merged or self.adapters_disabled or not self.active_adapters:
-            return F.linear(x, weight, self.bias) if isinstance(weight, Tensor) else linear_4bit(x, weight, self.bias)
+            return frozen_linear(x, self.weight, self.bias)
         together, apart = self._together_and_apart()
-        A, B, scaling = self._factors(together)
+        y = self._fused(x, together) if together else frozen_linear(x, self.weight, self.bias)
+        total = y.to(torch.promote_types(y.dtype, torch.float32)) if apart else y
+        for name in apart:
+            total = self._plus(total, x, name)
+        return total.to(y.dtype)
+
+    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
+        """The output with these adapters, in one call."""
+        weight, (A, B, scaling) = self.weight, self._factors(names)
         options: dict[str, Any] = {
             "scaling": scaling,
-            "bias": self.bias,
-            "dropout_p": self.lora_dropout[together[0]],
+            "bias": self._bias_with(names),
+            "dropout_p": self.lora_dropout[names[0]],
             "training": self.training,
         }
+        if names[0] in self.lora_magnitude_vector:
+            return dora_linear(x, weight, A, B, self.lora_magnitude_vector[names[0]], **options, base=self._row_norms())
         if isinstance(weight, NF4Weight):
-            y = qlora_linear(x, weight, A, B, **options)
-        else:
-            panels = self._packed(weight, x.dtype) if self.prepack else None
-            y = lora_linear(x, weight, A, B, **options, panels=panels)
-        for name in apart:
-            y = y + self._low_rank(x, name).to(y.dtype)
-        return y
+            return qlora_linear(x, weight, A, B, **options)
+        panels = self._packed(weight, x.dtype) if self.prepack else None
+        return lora_linear(x, weight, A, B, **options, panels=panels)
 
     def _packed(self, w: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The kept panels, made anew when the weight's version or storage has changed. A compiled graph, which could not
@@ -169,8 +192,7 @@ class FusedLoraLinear(NamedAdapters):
             return None
         if torch.is_autocast_enabled(w.device.type):
             dtype = torch.get_autocast_dtype(w.device.type)
-        version = 0 if w.is_inference() else w._version
-        state = (version, w.data_ptr(), w.shape, w.stride(), w.dtype, dtype)
+        state = (*version_of(w), dtype)
         if self._panels_of != state:
             self._panels, self._panels_of = pack_weight(w, dtype), state
             self._packed_weight = w.detach()  # as long as it lives, no other weight can have its address
@@ -178,29 +200,25 @@ class FusedLoraLinear(NamedAdapters):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FusedLoraLinear":
         # Moved or cast: the panels and the weight that they came from are of no use any more.
-        self._panels = self._panels_of = self._packed_weight = None
+        self._panels = self._panels_of = self._packed_weight = self._norms = None
         for name in ("weight", "unmerged_weight"):
             weight = getattr(self, name)
             if isinstance(weight, NF4Weight):
                 setattr(self, name, applied(weight, fn))
-        if isinstance(self.unmerged_weight, Tensor):
-            self.unmerged_weight.data = fn(self.unmerged_weight.data)
+        for unmerged in (self.unmerged_weight, self.unmerged_bias):
+            if isinstance(unmerged, Tensor):
+                unmerged.data = fn(unmerged.data)
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
-    def delta_weight(self, adapter_name: str | None = None) -> Tensor:
-        """scaling · B A, (N, K), in fp32 (fp64 for fp64 adapters), of an adapter, or the sum of those that are active."""
-        A, B, scaling = self._factors([adapter_name] if adapter_name else self.active_adapters)
-        wide = torch.promote_types(A.dtype, torch.float32)
-        return scaling * (B.to(wide) @ A.to(wide))
-
-    @torch.no_grad()
     def merge(self, to: torch.dtype | None = None) -> None:
-        """Replaces `weight` by W0 + scaling · B A, rounded once, of all active adapters. W0 is kept aside: whoever shares it
-        does not notice.
+        """Replaces `weight` by W0 + scaling · B A, rounded once, of all active adapters, one after the other; DoRA makes
+        c ∘ (W + scaling · B A) of the W that the ones before have made. `bias` gets what they add to it. W0 and the bias are
+        kept aside: whoever shares them does not notice.
 
         A 4-bit weight is dequantised for that, and quantised again in the same format, which costs as much as the first time:
-        `merge_error` then holds |W - (W0 + ΔW)| / |W0 + ΔW|, Frobenius, about 0.09 for NF4 in blocks of 64.
+        `merge_error` then holds |W - (W0 + ΔW)| / |W0 + ΔW|, Frobenius, about 0.09 for NF4 in blocks of 64 (with DoRA, of what
+        stands for W0 + ΔW).
 
         Args:
             to: the dtype of the merged weight, float32, bfloat16, float16 or float64, which then is a dense parameter. None:
@@ -208,7 +226,7 @@ class FusedLoraLinear(NamedAdapters):
 
         Raises:
             RuntimeError: already merged, or no adapter is active.
-            ValueError: the merged weight would not be finite.
+            ValueError: the merged weight or bias would not be finite, or there is a bias of B (`lora_bias`) and no bias.
             TypeError: another dtype.
         """
         if self.merged:
@@ -217,22 +235,35 @@ class FusedLoraLinear(NamedAdapters):
             raise RuntimeError("no adapter is active: there is nothing to merge; call set_adapter() first")
         if to not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise TypeError(f"to must be float32, bfloat16, float16, float64 or None, got {to!r}")
-        weight, delta = self.weight, self.delta_weight()
+        weight = self.weight
         requantised = isinstance(weight, NF4Weight) and to is None
-        merged = delta + (weight.dequantize(delta.dtype) if isinstance(weight, NF4Weight) else weight)
+        wide = torch.promote_types(self.lora_A[self.active_adapter].dtype, torch.float32)
+        merged, added = self._with_active(weight.dequantize(wide) if isinstance(weight, NF4Weight) else weight)
         if not requantised:
             merged = merged.to(to or weight.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(f"{self._active()} gives a merged weight that is not finite; nothing was changed")
+        bias = None
+        if added is not None:
+            if self.bias is None:
+                raise ValueError(
+                    f"{self._active()} has a bias of B (lora_bias), and the layer has no bias to take it; nothing was changed"
+                )
+            bias = (self.bias + added).to(self.bias.dtype)
+            if not torch.isfinite(bias).all():
+                raise ValueError(f"{self._active()} gives a merged bias that is not finite; nothing was changed")
         if isinstance(weight, NF4Weight) and requantised:
             self.weight, self.merge_error = requantise(weight, merged)
         else:
             self.weight = nn.Parameter(merged, requires_grad=False)
         self.__dict__["unmerged_weight"] = weight
+        if bias is not None:
+            self.__dict__["unmerged_bias"] = self.bias
+            self.bias = nn.Parameter(bias, requires_grad=False)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Puts W0 back, bit for bit.
+        """Puts W0 and the bias back, bit for bit.
 
         Raises:
             RuntimeError: not merged.
@@ -242,7 +273,9 @@ class FusedLoraLinear(NamedAdapters):
         if isinstance(self.unmerged_weight, NF4Weight):
             self._parameters.pop("weight", None)
         self.weight = self.unmerged_weight
-        self.unmerged_weight = self.merge_error = None
+        if self.unmerged_bias is not None:
+            self.bias = self.unmerged_bias
+        self.unmerged_weight = self.unmerged_bias = self.merge_error = None
 
     def extra_repr(self) -> str:
         weight = self.weight
@@ -282,8 +315,8 @@ class FusedLoraLinear(NamedAdapters):
             self.weight = new
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles make their own panels.
-        return {**self.__dict__, "_panels": None, "_panels_of": None, "_packed_weight": None}
+        # Copies and pickles make their own panels and norms.
+        return {**self.__dict__, "_panels": None, "_panels_of": None, "_packed_weight": None, "_norms": None}
 
 
 def _weight_of(linear: nn.Module) -> tuple[Tensor | NF4Weight, Tensor | None]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import qlora_linear
@@ -35,8 +36,10 @@ def quantised(weight: Tensor | NF4Weight, quant: str | None, blocksize: int, dou
     return weight if quant is None else quantize_nf4(weight, blocksize, double_quant, quant)
 
 
-def linear_4bit(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias: `qlora_linear` with an adapter of zeros."""
+def frozen_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias; in 4 bits by `qlora_linear` with an adapter of zeros."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight, bias)
     N, K = weight.shape
     return qlora_linear(x, weight, x.new_zeros((1, K)), x.new_zeros((N, 1)), scaling=0.0, bias=bias)
 

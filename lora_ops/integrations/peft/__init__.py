@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear
 from torch import nn
 
 from .layers import Fused, FusedLinear, why_not
+from .other_layers import WHY_NOT, FusedConv1d, FusedConv2d, FusedConv3d, FusedEmbedding
 
 __all__ = ["Report", "patch", "register", "report", "unpatch"]
 
@@ -25,7 +26,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def _fused_classes() -> dict[type[nn.Module], type[nn.Module]]:
     """PEFT's layers, each with its fused form."""
-    classes: dict[type[nn.Module], type[nn.Module]] = {Linear: FusedLinear}
+    classes: dict[type[nn.Module], type[nn.Module]] = {
+        Linear: FusedLinear,
+        Conv1d: FusedConv1d,
+        Conv2d: FusedConv2d,
+        Conv3d: FusedConv3d,
+        Embedding: FusedEmbedding,
+    }
     if find_spec("bitsandbytes") is not None:
         from .layers_4bit import FusedLinear4bit, Linear4bit
 
@@ -38,7 +45,9 @@ def patch(model: Model) -> Model:
 
     Fused are `lora.Linear` over `nn.Linear` and transformers' `Conv1D`, and `lora.Linear4bit` over bitsandbytes' 4-bit layers;
     with dropout, biases (the base layer's and B's), rsLoRA, DoRA, several active adapters, adapters in fp32, bf16 or fp16,
-    under autocast or not. Whatever else a layer is asked for goes to PEFT's forward; `report` says which and why.
+    under autocast or not. So are `lora.Embedding` (but for DoRA), and `lora.Conv1d`, `2d` and `3d` where the convolution is a
+    matrix product: kernels of size 1, or windows that do not overlap, as of patches, without padding and groups. Whatever else
+    a layer is asked for goes to PEFT's forward; `report` says which and why.
 
     Adapters that are added later are fused, too. A 4-bit layer keeps a second copy of its codes, in the kernels' order, from
     its first call on.
@@ -50,7 +59,8 @@ def patch(model: Model) -> Model:
     layers = [m for m in model.modules() if type(m) in classes]
     if not layers and not any(isinstance(m, Fused) for m in model.modules()):
         raise ValueError(
-            "model must have LoRA layers of PEFT's over linear layers (peft.get_peft_model, PeftModel.from_pretrained), got a "
+            "model must have LoRA layers of PEFT's over linear layers, embeddings or convolutions (peft.get_peft_model, "
+            "PeftModel.from_pretrained), got a "
             f"{type(model).__name__} without any"
         )
     for layer in layers:
@@ -108,7 +118,8 @@ def report(model: nn.Module) -> Report:
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        why = why_not(layer) if isinstance(layer, Fused) else f"a {type(layer).__name__} is not patched"
+        of_class = WHY_NOT.get(type(layer), why_not)
+        why = of_class(layer) if isinstance(layer, Fused) else f"a {type(layer).__name__} is not patched"
         if why is None:
             found.fused.append(name)
         else:

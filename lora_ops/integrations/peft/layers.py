@@ -25,7 +25,7 @@ class Fused:
     """Before a layer of PEFT's in the order of its bases."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not args and _takes(self, x):
+        if not args and takes(self, x):
             if not kwargs and why_not(self) is None:
                 return fused_forward(self, x)
             if kwargs.keys() == {"adapter_names"} and why_not_mixed(self, kwargs["adapter_names"]) is None:
@@ -42,20 +42,11 @@ class FusedLinear(Fused, peft_layer.Linear):
 
 def why_not(layer: Layer) -> str | None:
     """Why a layer's forward is PEFT's own, or None if it is fused."""
-    if layer.disable_adapters:
-        return "its adapters are disabled"
-    if layer.merged:
-        return "its adapters are merged"
     names = active(layer)
-    if not names:
-        return "no adapter of it is active"
-    if not getattr(layer, "cast_input_dtype_enabled", True):
-        return "the cast of its input is disabled"
-    base = layer.base_layer
-    if why := _of_base(base):
+    if why := of_state(layer, names) or _of_base(layer.base_layer):
         return why
     for name in names:
-        if why := _of_adapter(layer, name):
+        if why := of_adapter(layer, name):
             return f'adapter "{name}": {why}'
     if len(names) > 1 and any(name in layer.lora_variant for name in names):
         return "DoRA beside another active adapter"
@@ -70,7 +61,7 @@ def why_not_mixed(layer: Layer, adapter_names: list[str] | None) -> str | None:
     for name in dict.fromkeys(adapter_names):
         if name not in factors:
             continue
-        if why := _of_adapter(layer, name):
+        if why := of_adapter(layer, name):
             return why
         B = factors[name]._parameters
         if name in layer.lora_variant or B["bias"] is not None or isinstance(layer.scaling[name], Tensor):
@@ -81,16 +72,26 @@ def why_not_mixed(layer: Layer, adapter_names: list[str] | None) -> str | None:
     return _of_base(layer.base_layer)
 
 
+def of_state(layer: Layer, names: list[str]) -> str | None:
+    """What is against it whatever the layer is, with these of its adapters active."""
+    if layer.disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged:
+        return "its adapters are merged"
+    if not names:
+        return "no adapter of it is active"
+    return None if getattr(layer, "cast_input_dtype_enabled", True) else "the cast of its input is disabled"
+
+
 def active(layer: Layer) -> list[str]:
     """The active adapters that the layer has."""
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """Whether calling the module does what its class's forward does, and nothing else."""
-    own = (
-        module.__dict__
-    )  # nn.Module takes its time to find what it does not have, and this is asked of every adapter in a call
+    # nn.Module takes its time to find what it does not have, and this is asked of every adapter in a call.
+    own = module.__dict__
     hooks = (own["_forward_hooks"], own["_forward_pre_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"])
     return not any(hooks) and "forward" not in own and "_hf_hook" not in own
 
@@ -100,7 +101,7 @@ def _is_plain_parameter(t: Any) -> bool:
 
 
 def _of_base(base: Any) -> str | None:
-    if not _is_plain(base):
+    if not is_plain(base):
         return "its base layer has hooks or another forward"
     if is_linear4bit(base):
         if getattr(base.weight.quant_state, "packing_format_for_cpu", False):
@@ -108,6 +109,11 @@ def _of_base(base: Any) -> str | None:
         return None
     if type(base) is not nn.Linear and not is_conv1d(base):
         return f"its base layer is a {type(base).__name__}"
+    return of_weight(base)
+
+
+def of_weight(base: Any) -> str | None:
+    """What is against the base layer's weight."""
     if hasattr(base, "weight_fake_quantizer"):
         return "its base layer is being quantised in training"
     if not _is_plain_parameter(base.weight):
@@ -117,24 +123,25 @@ def _of_base(base: Any) -> str | None:
     return "its base weight is trained" if base.weight.requires_grad else None
 
 
-def _of_adapter(layer: Layer, name: str) -> str | None:
+def of_adapter(layer: Layer, name: str, kind: type[nn.Module] = nn.Linear) -> str | None:
+    """What is against an adapter, whose factors are to be of that class."""
     parts = layer._modules
     A, B, dropout = (parts[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
     for factor in (A, B):
         weight = factor._parameters.get("weight")
-        if type(factor) is not nn.Linear or not _is_plain(factor) or not _is_plain_parameter(weight):
+        if type(factor) is not kind or not is_plain(factor) or not _is_plain_parameter(weight):
             return f"its factors are {type(factor).__name__} of {type(weight).__name__}, or have hooks"
         if weight.dtype not in _DTYPES:
             return f"its factors are {weight.dtype}"
-    if type(dropout) not in (nn.Identity, nn.Dropout) or not _is_plain(dropout):
+    if type(dropout) not in (nn.Identity, nn.Dropout) or not is_plain(dropout):
         return f"its dropout is a {type(dropout).__name__}"
     variant = layer.lora_variant.get(name)
     if variant is not None and type(variant) is not DoraLinearVariant:
-        return f"it is a {type(variant).__name__.removesuffix('LinearVariant')}"
+        return f"it is a {type(variant).__name__.removesuffix('Variant').removesuffix('Linear')}"
     return "DoRA with a bias of B" if variant is not None and B.bias is not None else None
 
 
-def _takes(layer: Layer, x: Tensor) -> bool:
+def takes(layer: Layer, x: Tensor) -> bool:
     """Whether the base layer would take this x, and no tracer of TorchScript looks on."""
     if x.dtype not in _DTYPES or torch.jit.is_tracing():
         return False
@@ -168,7 +175,7 @@ def _forward(layer: Layer, x: Tensor) -> Tensor:
     base, names = layer.base_layer, active(layer)
     weight = quantised_weight(layer) if is_linear4bit(base) else base.weight.T if is_conv1d(base) else base.weight
     linear: Any = qlora_linear if isinstance(weight, NF4Weight) else lora_linear
-    dropouts = [_p(layer, name) for name in names]
+    dropouts = [dropout_of(layer, name) for name in names]
     first = names if not any(dropouts) else names[:1]  # a mask of its own for every adapter
     A, B, scaling = stack(
         [layer.lora_A[name].weight for name in first],
@@ -178,7 +185,7 @@ def _forward(layer: Layer, x: Tensor) -> Tensor:
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     if A.dtype not in (dtype, torch.float32):  # another half, or a half beside fp32
         A, B = A.float(), B.float()
-    bias = _bias(layer, first)
+    bias = bias_of(layer, first)
     options: dict[str, Any] = {"scaling": scaling, "bias": bias, "training": layer.training}
     if names[0] in layer.lora_variant:
         vector = layer.lora_magnitude_vector[names[0]]
@@ -212,12 +219,12 @@ def mixed_forward(layer: Layer, x: Tensor, adapter_names: list[str]) -> Tensor:
     return multi_lora_linear(x, weight, AdapterBank._of(adapters), ids, bias=base.bias)
 
 
-def _p(layer: Layer, name: str) -> float:
+def dropout_of(layer: Layer, name: str) -> float:
     dropout = layer.lora_dropout[name]
     return dropout.p if layer.training and isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
-def _bias(layer: Layer, names: list[str]) -> Tensor | None:
+def bias_of(layer: Layer, names: list[str]) -> Tensor | None:
     """The base layer's, and of every adapter with a bias of B that, times its scaling."""
     bias: Tensor | None = layer.base_layer.bias
     for name in names:

@@ -1,0 +1,238 @@
+// Few rows of x in bf16 with vdpbf16ps: `dot` and `dot_codes` (micro.h, four_bit.h) without widening x. Included after pairs.h
+// inside a `#pragma GCC target` region and namespace, so without guard.
+//
+// x lies as it is, row by row, zero-padded to whole chunks. A dense weight's rows are loaded as they are, too. Of 4-bit
+// weights, a chunk's words shifted by 4 j look up 32 neighbouring weights at once among 16 values in bf16, which lie there
+// twice: the fifth bit of an index is another code's. For one or two rows of x these are the code's values, and the fp32 sum
+// of a block's products is scaled; for more, values times scale, rounded once, since then no sum needs scaling.
+
+constexpr int kPairRow = 32;  // weights of a vector in bf16
+static_assert(kPairRow == kGroup, "a vector of x meets a vector of decoded weights");
+
+// Rows in bf16 at half the stride that is given in floats: the other half is not used.
+inline const uint16_t* pair_row(const float* left, int64_t left_stride, int i) {
+  return reinterpret_cast<const uint16_t*>(left + i * left_stride);
+}
+
+inline __m512bh load_pairs(const void* p) {
+  return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
+}
+
+inline void order_pairs(const Matrix& src, int64_t k, Mask, float* out) {
+  uint16_t* to = reinterpret_cast<uint16_t*>(out);
+  std::memcpy(to, src.at(0, 0), k * 2);
+  std::memset(to + k, 0, ((k + kChunk - 1) / kChunk * kChunk - k) * 2);
+}
+
+// c[i][j] += left[i] · right[j] for kLeft x kRight pairs, at most kLanes
+template <int kLeft, int kRight>
+void dot_pairs_rows(const float* left, int64_t left_stride, const Matrix& right, int64_t k, float* c) {
+  __m512 acc[kLanes];
+#pragma GCC unroll 16
+  for (int a = 0; a < kLanes; ++a) acc[a] = V::zero();
+  const int64_t stride = right.row_stride * 2;
+  const char* row = right.at(0, 0);
+  const auto step = [&](const __m512bh* w, int64_t k0) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLeft; ++i) {
+      const __m512bh x = load_pairs(pair_row(left, left_stride, i) + k0);
+#pragma GCC unroll 16
+      for (int j = 0; j < kRight; ++j) acc[i * kRight + j] = _mm512_dpbf16_ps(acc[i * kRight + j], x, w[j]);
+    }
+  };
+  int64_t k0 = 0;
+  for (; k0 + kPairRow <= k; k0 += kPairRow) {
+    __m512bh w[kRight];
+#pragma GCC unroll 16
+    for (int j = 0; j < kRight; ++j) {
+      const char* from = row + j * stride + k0 * 2;
+      __builtin_prefetch(from + kRight * stride, 0, 2);  // the rows that come next
+      w[j] = load_pairs(from);
+    }
+    step(w, k0);
+  }
+  if (k0 < k) {
+    const __mmask32 have = (1u << (k - k0)) - 1;
+    __m512bh w[kRight];
+#pragma GCC unroll 16
+    for (int j = 0; j < kRight; ++j) {
+      w[j] = reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(have, row + j * stride + k0 * 2));
+    }
+    step(w, k0);
+  }
+  alignas(64) float sums[kLanes];
+  V::store(sums, V::sums(acc));
+#pragma GCC unroll 8
+  for (int i = 0; i < kLeft; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < kRight; ++j) c[i * kPanel + j] += sums[i * kRight + j];
+}
+
+// Left rows are taken in powers of two: `left` holds that many.
+template <int kLeft = 1>
+void dot_pairs_as(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c) {
+  if constexpr (kLeft <= kDotRows) {
+    if (rows > kLeft) return dot_pairs_as<2 * kLeft>(rows, left, left_stride, right, cols, k, c);
+    constexpr int kRight = kLeft == 1 ? 4 : kLeft == 2 ? 4 : kLanes / kLeft;
+    int j = 0;
+    Matrix rows_of = right;
+    for (; j + kRight <= cols; j += kRight) {
+      rows_of.data = right.at(j, 0);
+      dot_pairs_rows<kLeft, kRight>(left, left_stride, rows_of, k, c + j);
+    }
+    for (; j < cols; ++j) {
+      rows_of.data = right.at(j, 0);
+      dot_pairs_rows<kLeft, 1>(left, left_stride, rows_of, k, c + j);
+    }
+  }
+}
+
+inline void dot_pairs(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c) {
+  dot_pairs_as(rows, left, left_stride, right, cols, k, c);
+}
+
+// The 16 values in bf16, times a scale.
+inline __m512i pair_table(__m512 values, float scale) {
+  const __m512 scaled = V::mul(values, _mm512_set1_ps(scale));
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scaled, scaled));
+}
+
+// The scales that codes can have under one nested_absmax: looking one up is cheaper than computing it.
+struct NestedScales {
+  int64_t group = -1;
+  alignas(64) float of[kNested];
+
+  const float* in(const QuantizedWeight& w, int64_t g) {
+    if (g != group) {
+      group = g;
+      for (int i = 0; i < kNested; i += kLanes) {
+        __m512 v = V::mul(V::load(w.nested_code + i), _mm512_set1_ps(w.nested_absmax[g]));
+        V::pin(v);  // rounded after the product and after the sum, as everywhere
+        V::store(of + i, V::add(v, _mm512_set1_ps(w.offset)));
+      }
+    }
+    return of;
+  }
+};
+
+// c[i][j] += left[i] · weight[row + j] over [k0, k0 + k) for kLeft x kRight pairs, at most kLanes. kWide: two groups share a
+// block. The scale of block b, counted from the first one of the row that is used, is scales[j][nested ? nested[j][b] : b].
+template <int kLeft, int kRight, bool kWide, bool kNestedOnce>
+void dot_code_pairs_rows(const float* left, int64_t left_stride, const QuantizedWeight& w, int64_t row, int64_t k0, int64_t k,
+                         NestedScales& of_codes, float* c) {
+  constexpr bool kScaledSums = kLeft <= 2;
+  constexpr int kPerBlock = kWide ? 2 : 1;
+  const int64_t bytes = row_bytes(w.K);
+  const int shift = __builtin_ctzll(static_cast<unsigned long long>(w.blocksize));
+  const __m512 values = V::load(w.values);
+  const __m512i plain = pair_table(values, 1.f);
+  __m512 acc[kLanes];
+#pragma GCC unroll 16
+  for (int a = 0; a < kLanes; ++a) acc[a] = V::zero();
+  for (int64_t s = 0; s < k; s += kScaleSpan) {
+    const int64_t count = k - s < kScaleSpan ? k - s : kScaleSpan;
+    float computed[kNestedOnce ? 1 : kRight][kScaleSpan / kGroup + kGroups + kLanes];
+    const float* scales[kRight];
+    const uint8_t* nested[kRight] = {};
+    int64_t at[kRight];    // of the span's first weight, in the row's blocks
+    int64_t last[kRight];  // block of the row
+#pragma GCC unroll 4
+    for (int j = 0; j < kRight; ++j) {
+      const int64_t flat = (row + j) * w.K + k0 + s, first = flat >> shift;
+      at[j] = flat - (first << shift);
+      if constexpr (kNestedOnce) {
+        last[j] = (flat + count - 1 - (first << shift)) >> shift;
+        scales[j] = of_codes.in(w, first / kNested);
+        nested[j] = static_cast<const uint8_t*>(w.absmax) + first;
+      } else {
+        const int64_t blocks = ((flat + count - 1) >> shift) - first + 1;
+        scales_of(w, first, blocks, computed[j]);
+        for (int g = 0; g < kGroups; ++g) computed[j][blocks + g] = 0.f;  // groups of the last chunk beyond the row: x is zero
+        scales[j] = computed[j];
+      }
+    }
+    for (int64_t c0 = 0; c0 < count; c0 += kChunk) {
+      uint8_t own[kRight][kChunkBytes];
+      __m512i words[kRight];
+#pragma GCC unroll 4
+      for (int j = 0; j < kRight; ++j) {
+        const uint8_t* codes = w.codes + (row + j) * bytes;
+        __builtin_prefetch(codes + (k0 + s + c0) / 2 + kRight * bytes, 0, 3);  // the rows after these
+        words[j] = _mm512_loadu_si512(chunk_at(codes, k0 + s + c0, w.K, own[j]));
+      }
+#pragma GCC unroll 4
+      for (int b = 0; b < kGroups; b += kPerBlock) {
+        __m512i table[kRight];
+        __m512 by[kRight], sum[kLeft][kRight];
+#pragma GCC unroll 4
+        for (int j = 0; j < kRight; ++j) {
+          const int64_t block = (at[j] + c0 + b * kGroup) >> shift;
+          // Beyond the row x is zero: any scale will do.
+          const float* of_block = scales[j] + (kNestedOnce ? nested[j][block < last[j] ? block : last[j]] : block);
+          by[j] = _mm512_set1_ps(*of_block);
+          table[j] = kScaledSums ? plain : pair_table(values, *of_block);
+        }
+#pragma GCC unroll 2
+        for (int g = b; g < b + kPerBlock; ++g) {
+          __m512bh weights[kRight];
+#pragma GCC unroll 4
+          for (int j = 0; j < kRight; ++j) {
+            weights[j] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(_mm512_srli_epi16(words[j], 4 * g), table[j]));
+          }
+#pragma GCC unroll 8
+          for (int i = 0; i < kLeft; ++i) {
+            const __m512bh x = load_pairs(pair_row(left, left_stride, i) + s + c0 + g * kGroup);
+#pragma GCC unroll 4
+            for (int j = 0; j < kRight; ++j) {
+              __m512& to = kScaledSums ? sum[i][j] : acc[i * kRight + j];
+              to = _mm512_dpbf16_ps(kScaledSums && g == b ? V::zero() : to, x, weights[j]);
+            }
+          }
+        }
+        if (!kScaledSums) continue;
+#pragma GCC unroll 8
+        for (int i = 0; i < kLeft; ++i)
+#pragma GCC unroll 4
+          for (int j = 0; j < kRight; ++j) acc[i * kRight + j] = V::fma(sum[i][j], by[j], acc[i * kRight + j]);
+      }
+    }
+  }
+  alignas(64) float sums[kLanes];
+  V::store(sums, V::sums(acc));
+#pragma GCC unroll 8
+  for (int i = 0; i < kLeft; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kRight; ++j) c[i * kPanel + j] += sums[i * kRight + j];
+}
+
+template <bool kWide, int kLeft = 1>
+void dot_code_pairs_as(int rows, const float* left, int64_t left_stride, const QuantizedWeight& w, int64_t row, int cols,
+                       int64_t k0, int64_t k, float* c) {
+  if constexpr (kLeft <= kDotRows) {
+    if (rows > kLeft) return dot_code_pairs_as<kWide, 2 * kLeft>(rows, left, left_stride, w, row, cols, k0, k, c);
+    constexpr int kRight = kLeft == 8 ? 2 : 4;
+    NestedScales scales;
+    const auto group_of = [&](int64_t n, int64_t at) { return (n * w.K + at) / w.blocksize / kNested; };
+    int j = 0;
+    for (; j + kRight <= cols; j += kRight) {
+      const int64_t first = row + j, last = first + kRight - 1;
+      const bool once = w.nested_code && group_of(first, k0) == group_of(last, k0 + k - 1);
+      const auto of = once ? dot_code_pairs_rows<kLeft, kRight, kWide, true> : dot_code_pairs_rows<kLeft, kRight, kWide, false>;
+      of(left, left_stride, w, first, k0, k, scales, c + j);
+    }
+    for (; j < cols; ++j) dot_code_pairs_rows<kLeft, 1, kWide, false>(left, left_stride, w, row + j, k0, k, scales, c + j);
+  }
+}
+
+inline void dot_code_pairs(int rows, const float* left, int64_t left_stride, const QuantizedWeight& w, int64_t row, int cols,
+                           int64_t k0, int64_t k, float* c) {
+  const bool wide = w.blocksize >= 2 * kGroup && w.K % (2 * kGroup) == 0;
+  (wide ? dot_code_pairs_as<true> : dot_code_pairs_as<false>)(rows, left, left_stride, w, row, cols, k0, k, c);
+}
+
+constexpr Kernels with_pair_dots(Kernels kernels) {
+  kernels.pairs = {dot_pairs, order_pairs};
+  kernels.codes_bf16 = {dot_code_pairs, order_pairs, sizeof(uint16_t)};
+  kernels.few_rows_bf16 = {24, 12, 24, 24};
+  return kernels;
+}

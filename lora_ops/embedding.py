@@ -1,0 +1,44 @@
+"""The low-rank term of an embedding."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def add_low_rank(
+    y: Tensor,
+    looked_up: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float | Tensor],
+    embed_scale: float | Tensor | None = None,
+) -> Tensor:
+    """y + embed_scale · Σ_i scaling_i · S_i B_iᵀ, where S_i are rows of A_iᵀ: a product for each, which adds to what is there.
+
+    LoRA of embeddings: Hu et al. 2022 (https://arxiv.org/abs/2106.09685), in the form of its authors' loralib, where A starts
+    at zero and B does not.
+
+    Args:
+        y: (..., N), what the frozen embedding returned.
+        looked_up: S_i, (..., r_i).
+        lora_Bs: B_i, (N, r_i).
+        scalings: of each, numbers or tensors without dimensions.
+        embed_scale: what the embedding multiplies its rows by, a number or a tensor of one element.
+
+    Returns:
+        (..., N) in y's dtype. The sum is kept in the adapters' dtype, where that is the wider one, and rounded once.
+    """
+    wide = y.dtype
+    for B in lora_Bs:
+        wide = torch.promote_types(wide, B.dtype)
+    total = y.reshape(-1, y.shape[-1]).to(wide)
+    with torch.autocast(y.device.type, enabled=False):  # which would round y
+        for S, B, scaling in zip(looked_up, lora_Bs, scalings, strict=True):
+            S, B = S.reshape(-1, S.shape[-1]).to(wide), B.to(wide)
+            if embed_scale is not None:
+                S = S * (embed_scale.to(wide) if isinstance(embed_scale, Tensor) else embed_scale)
+            if isinstance(scaling, Tensor):
+                total = torch.addmm(total, S * scaling, B.T)
+            else:
+                total = torch.addmm(total, S, B.T, alpha=scaling)
+    return total.to(y.dtype).view(y.shape)
