@@ -45,10 +45,9 @@ def pytest_configure(config) -> None:  # type: ignore[no-untyped-def]
 
         return call
 
-    for module, name in (
-        (layers, "fused_forward"), (layers, "mixed_forward"), (other_layers, "conv_forward"), (other_layers, "embedding_forward"),
-    ):  # fmt: skip
-        setattr(module, name, counted(getattr(module, name)))
+    layers.fused_forward, layers.mixed_forward = counted(layers.fused_forward), counted(layers.mixed_forward)
+    for name in ("conv_forward", "embedding_forward"):
+        setattr(other_layers, name, counted(getattr(other_layers, name)))
     layer.Linear, bnb.Linear4bit = layers.FusedLinear, layers_4bit.FusedLinear4bit
     for name in ("Embedding", "Conv1d", "Conv2d", "Conv3d"):
         setattr(layer, name, getattr(other_layers, f"Fused{name}"))
