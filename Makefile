@@ -44,8 +44,11 @@ test: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python -m pytest bench/ $(ARGS)
 
-conformance: .venv/.installed
+.venv/.conformance: .venv/.installed
 	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[conformance]'
+	touch $@
+
+conformance: .venv/.conformance
 	$(BIN)/python tools/peft_conformance.py $(ARGS)
 
 lint: .venv/.installed

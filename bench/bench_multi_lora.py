@@ -34,7 +34,7 @@ def peft_layer(base: nn.Linear, bank: lora_ops.AdapterBank, adapters: list[tuple
 
 
 @pytest.mark.parametrize(("count", "dtype", "adapter_dtype", "backward"), CASES, ids=str)
-def bench_multi_lora(count: int, dtype: str, adapter_dtype: str, backward: bool, benchmark) -> None:
+def bench_multi_lora(count: int, dtype: str, adapter_dtype: str, backward: bool, benchmark, rows_of) -> None:
     torch.manual_seed(0)
     base = nn.Linear(K, N, bias=False, dtype=DTYPES[dtype]).requires_grad_(False)
     x, dy = torch.randn(M, K).to(DTYPES[dtype]).requires_grad_(backward), torch.randn(M, N).to(DTYPES[dtype])
@@ -74,9 +74,25 @@ def bench_multi_lora(count: int, dtype: str, adapter_dtype: str, backward: bool,
     once = sum(times[0] for times in seconds.values())
     benchmark.pedantic(turn, rounds=int(min(max(SECONDS / once, 5), 200)))
     one, mixed, loop = (min(times[1:]) for times in seconds.values())
-    benchmark.extra_info.update({f"{side} ms": round(min(times[1:]) * 1e3, 4) for side, times in seconds.items()})
-    what = f"{count} adapters, x {dtype}, adapters {adapter_dtype}, {'forward+backward' if backward else 'forward'}"
-    print(
-        f"\n{what}: one adapter {one * 1e3:.2f} ms, mixed {mixed * 1e3:.2f} ms ({mixed / one:.2f} x), "
-        f"PEFT {loop * 1e3:.2f} ms ({loop / mixed:.2f} x)"
+    row = {"adapters": count, "x": dtype, "dtype": adapter_dtype, "pass": "forward+backward" if backward else "forward"}
+    row |= {"one ms": one * 1e3, "mixed ms": mixed * 1e3, "peft ms": loop * 1e3}
+    benchmark.extra_info.update(row)
+    caption = (
+        f"{M} rows, {K} x {N}, r = {R}, {torch.get_num_threads()} thread(s). Minimum of many rounds, all sides taking turns."
     )
+    results = rows_of("bench-multi", caption, COLUMNS)
+    results.add(row)
+    print(f"\n{results.line(row)}")
+
+
+COLUMNS = {
+    "adapters": lambda row: str(row["adapters"]),
+    "pass": lambda row: row["pass"],
+    "x": lambda row: row["x"],
+    "A and B": lambda row: row["dtype"],
+    "one adapter": lambda row: f"{row['one ms']:.2f} ms",
+    "mixed": lambda row: f"{row['mixed ms']:.2f} ms",
+    "PEFT's loop": lambda row: f"{row['peft ms']:.2f} ms",
+    "over one adapter": lambda row: f"{row['mixed ms'] / row['one ms']:.2f} x",
+    "faster than PEFT": lambda row: f"{row['peft ms'] / row['mixed ms']:.2f} x",
+}

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +177,10 @@ class Run:
         return tokens, (count - 1) / (time.perf_counter() - start)
 
 
-def serve(connection: Any, *args: Any) -> None:
-    """Body of a process: makes a Run and calls the methods it is asked for, until the other end hangs up."""
+def serve(connection: Any, make: Callable[..., Any], *args: Any) -> None:
+    """Body of a process: makes a Run, or what else, and calls the methods it is asked for, until the other end hangs up."""
     try:
-        run = Run(*args)
+        run = make(*args)
         connection.send((True, None))
         while True:
             method, arguments = connection.recv()
@@ -193,10 +194,10 @@ def serve(connection: Any, *args: Any) -> None:
 class Process:
     """The other end of `serve`. Starts at once; the first `ask` waits until the model is loaded."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, make: Callable[..., Any], *args: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, *args), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, make, *args), daemon=True)
         self.process.start()
         theirs.close()
         self.ready = False
@@ -211,11 +212,15 @@ class Process:
             raise SystemExit(f"a run failed:\n{value}")
         return value
 
-    def ask(self, method: str, *arguments: Any) -> Any:
+    def begin(self, method: str, *arguments: Any) -> None:
+        """`ask`, whose answer `receive` will give."""
         if not self.ready:
             self.receive()
             self.ready = True
         self.connection.send((method, arguments))
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        self.begin(method, *arguments)
         return self.receive()
 
     def close(self) -> None:

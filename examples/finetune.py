@@ -25,7 +25,7 @@ import _report
 import numpy as np
 import torch
 import transformers
-from _run import DENSE, FROZEN, QUANT, Process
+from _run import DENSE, FROZEN, QUANT, Process, Run
 from tqdm import tqdm
 
 import lora_ops
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
 
     pairs = [DENSE] if options.quant == "none" else [DENSE, QUANT]
     trained = [name for pair in pairs for name in pair]
-    sides = {name: Process(name, base, options) for name in (*trained, FROZEN)}
+    sides = {name: Process(Run, name, base, options) for name in (*trained, FROZEN)}
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     train, held = (tokenizer(text)["input_ids"] for text in split(docs))
     data = batches(blocks(train, options.length, "training"), options.steps, options.batch, options.seed)

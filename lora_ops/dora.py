@@ -63,6 +63,7 @@ def dora_linear(
     dropout_p: float = 0.0,
     training: bool = False,
     base: Tensor | None = None,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """y = c ∘ (x W0ᵀ + scaling · (x Aᵀ) Bᵀ) + bias with c = magnitude / ‖W0 + scaling · B A‖, a length for every row.
 
@@ -82,6 +83,7 @@ def dora_linear(
         magnitude: (N,), trainable. ‖W0 + scaling · B A‖ at the start of training, so that the layer starts as W0. Of any
             floating dtype: c is computed in fp32 at least.
         base: `row_norms(weight)`, where it is known.
+        norm: `weight_norm(weight, lora_A, lora_B, scaling)`, where it is known.
 
     Returns:
         (..., N), in the dtype that `lora_linear` gives.
@@ -94,7 +96,7 @@ def dora_linear(
     N = lora_B.shape[0]
     if magnitude.shape != (N,):
         raise ValueError(f"magnitude must be (N,) = ({N},) as in lora_B {tuple(lora_B.shape)}, got {tuple(magnitude.shape)}")
-    c = magnitude / weight_norm(weight, lora_A, lora_B, scaling, base)
+    c = magnitude / (weight_norm(weight, lora_A, lora_B, scaling, base) if norm is None else norm)
     dtype = functional.autocast_dtype(x)
     if dtype is not None and isinstance(weight, Tensor) and weight.dtype not in (dtype, torch.float32):
         weight = weight.to(dtype)

@@ -1,7 +1,7 @@
 """Mixed batches: every row of a batch with an adapter of its own, in one call."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,15 @@ class AdapterBank:
         self._B: list[Tensor | None] = []
         self._scalings = torch.empty(0, dtype=torch.float64)
         self._free: list[int] = []
+
+    @classmethod
+    def _of(cls, adapters: Mapping[str, tuple[Tensor, Tensor, float]]) -> "AdapterBank":
+        """Of lora_A, lora_B and scaling by name, unchecked: every call checks the adapters that occur in it."""
+        bank = cls()
+        bank._index = {name: i for i, name in enumerate(adapters)}
+        bank._A, bank._B = [A for A, _, _ in adapters.values()], [B for _, B, _ in adapters.values()]
+        bank._scalings = torch.tensor([scaling for _, _, scaling in adapters.values()], dtype=torch.float64)
+        return bank
 
     @property
     def names(self) -> list[str]:

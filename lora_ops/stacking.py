@@ -20,6 +20,8 @@ def stack(
     Returns:
         A (Σ r_i, K), B (N, Σ r_i) and the scaling. One adapter with a number is returned as it is.
     """
+    if len(lora_As) == 1 and lora_As[0].dtype == lora_Bs[0].dtype and not isinstance(scalings[0], Tensor):
+        return lora_As[0], lora_Bs[0], float(scalings[0])
     with torch.autocast(lora_As[0].device.type, enabled=False):  # under which parameters of two dtypes cannot be put together
         return _stacked(lora_As, lora_Bs, scalings)
 

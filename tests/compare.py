@@ -6,12 +6,14 @@
     bound    1.5 · error of eager + 1 ulp of the result's dtype at the oracle's largest magnitude
 
 and over a grid of shapes the median of error / eager's error is at most 1. NaN and infinities are where eager has them.
+
+Training runs that differ by rounding alone drift apart step by step; their losses lie within LOSS of each other.
 """
 
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ import lora_ops
 from lora_ops import ops, reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+LOSS = 0.01  # at every step, of the loss
 
 
 class Dtypes(NamedTuple):
@@ -234,3 +237,11 @@ def assert_median(measured: Iterable[dict[str, Error]], names: Iterable[str]) ->
     for name in names:
         median = statistics.median(e[name].ratio for e in measured)
         assert median <= 1.0, f"{name}: median of error / eager's error over {len(measured)} cases is {median:.3f}"
+
+
+def assert_same_losses(actual: Sequence[float], expected: Sequence[float]) -> None:
+    """Of two training runs, step by step. A run that learns next to nothing could not tell a wrong one."""
+    assert len(actual) == len(expected)
+    assert expected[-1] < 0.8 * expected[0], f"the loss only goes from {expected[0]:.4f} to {expected[-1]:.4f}"
+    for step, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+        assert abs(ours / theirs - 1) <= LOSS, f"step {step}: loss {ours:.5f}, expected {theirs:.5f} +- {LOSS:.0%}"

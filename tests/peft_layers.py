@@ -70,10 +70,12 @@ class Setting:
     adapters: int = 1
     trained: tuple[str, ...] = ("x", "lora_A", "lora_B", "bias", "lora_magnitude_vector")
     checkpointing: str | None = None  # "reentrant", "not reentrant"
+    compute_dtype: torch.dtype | None = None  # of a 4-bit layer, if it is not x's
     options: tuple[tuple[str, Any], ...] = ()  # of LoraConfig
 
     def __str__(self) -> str:
-        named = (self.kind, self.autocast and "autocast", self.checkpointing, *(name for name, _ in self.options))
+        compute = self.compute_dtype and f"compute-{self.compute_dtype}".replace("torch.", "")
+        named = (self.kind, compute, self.autocast and "autocast", self.checkpointing, *(name for name, _ in self.options))
         return "-".join([str(self.dtypes), *filter(None, named), f"p{self.dropout_p}", f"{self.adapters}a"])
 
     @property
@@ -89,11 +91,12 @@ def base_layer(setting: Setting) -> nn.Module:
     if setting.kind == "4bit":
         import bitsandbytes as bnb
 
-        layer = bnb.nn.Linear4bit(K, N, bias=setting.bias, compute_dtype=setting.dtypes.x, quant_type="nf4")
+        compute_dtype = setting.compute_dtype or setting.dtypes.x
+        layer = bnb.nn.Linear4bit(K, N, bias=setting.bias, compute_dtype=compute_dtype, quant_type="nf4")
         dense = nn.Linear(K, N, bias=setting.bias)
         layer.weight = bnb.nn.Params4bit(dense.weight.data.to(setting.dtypes.x), requires_grad=False, quant_type="nf4")
         if setting.bias:
-            layer.bias = nn.Parameter(dense.bias.data.to(setting.dtypes.x))
+            layer.bias = nn.Parameter(dense.bias.data.to(compute_dtype))  # which its forward makes of it
         return layer.to("cpu")
     return nn.Linear(K, N, bias=setting.bias).to(setting.dtypes.x)
 
@@ -141,10 +144,11 @@ def with_dropout(model: PeftModel, setting: Setting) -> PeftModel:
     if setting.dropout_p:
         layer = model.base_model.model.layer
         for name in layer.lora_dropout:
-            # Beside another adapter with dropout, only the first one's is drawn in the kernel.
+            # Beside another adapter with dropout, only the first one's is drawn in the kernel; none beside a frozen product in
+            # another dtype.
             if setting.dora:
                 layer.lora_dropout[name] = DoraDropout(setting.dropout_p)
-            elif name == "default":
+            elif name == "default" and (setting.compute_dtype is None or setting.autocast is not None):
                 layer.lora_dropout[name] = PhiloxDropout(setting.dropout_p)
     return model
 

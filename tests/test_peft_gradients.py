@@ -30,6 +30,12 @@ SETTINGS = [
     Setting(dtypes, autocast=autocast, dropout_p=p, **kind)
     for dtypes, autocast, p, kind in itertools.product(DTYPES, (None, BF16), (0.0, 0.25), KINDS)
 ]
+# What peft.prepare_model_for_kbit_training leaves.
+SETTINGS += [
+    Setting(Dtypes(F32, adapter), autocast=autocast, dropout_p=p, compute_dtype=BF16, **kind)
+    for adapter, autocast, p, kind in itertools.product((F32, BF16), (None, BF16), (0.0, 0.25), KINDS)
+    if kind.get("kind") == "4bit"
+]
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from compare import BF16, F32, Dtypes
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.helpers import DoraCaching
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peft_layers import Setting
 from torch import Tensor, nn
@@ -144,6 +145,25 @@ def test_generate_and_deepcopy_and_pickle() -> None:
     expected = stock.generate(input_ids=tokens(), **options)
     for m in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(m.generate(input_ids=tokens(), **options), expected)
+
+
+def test_dora_s_norms_are_kept_where_peft_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, norms, real = patch(model_of(use_dora=True)), [], integration.layers.weight_norm
+    monkeypatch.setattr(integration.layers, "weight_norm", lambda *args: (norms.append(1), real(*args))[1])
+    first = model(tokens()).logits
+    with DoraCaching():
+        for kept in (8, 0):
+            norms.clear()
+            assert torch.equal(model(tokens()).logits, first)
+            assert len(norms) == kept
+        model.train()
+        with torch.no_grad():
+            first_layer(model).lora_B["default"].weight.data.mul_(2)
+        model.eval()
+        assert not torch.equal(model(tokens()).logits, first)
+    norms.clear()
+    model(tokens())
+    assert len(norms) == 8
 
 
 def test_hotswap(tmp_path: Path) -> None:

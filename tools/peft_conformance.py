@@ -2,11 +2,14 @@
 
     make conformance     downloads the source of the installed PEFT and runs the LoRA part of its test_custom_models.py twice
 
-Tests are PEFT's (Apache-2.0), fetched into build/peft and not part of this repository. As a pytest plugin (-p peft_conformance)
-this file puts the fused layers in PEFT's places, and counts their calls.
+Tests are PEFT's (Apache-2.0), fetched into build/peft and not part of this repository. They run without the network:
+test_custom_models.py makes its models on the spot; for files that load models of the hub, set HF_HOME to a cache that has them.
+As a pytest plugin (-p peft_conformance) this file puts the fused layers, dense and 4-bit, in PEFT's places, and counts their
+calls.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -29,27 +32,26 @@ def pytest_configure(config) -> None:  # type: ignore[no-untyped-def]
     count = os.environ.get(COUNT)
     if count is None:
         return
-    from peft.tuners.lora import layer
+    from peft.tuners.lora import bnb, layer
 
-    from lora_ops.integrations.peft import layers, other_layers
+    from lora_ops.integrations.peft import layers, layers_4bit, other_layers
 
-    calls = 0
+    calls: Counter[str] = Counter()
 
     def counted(forward):  # type: ignore[no-untyped-def]
-        def count_it(*args):  # type: ignore[no-untyped-def]
-            nonlocal calls
-            calls += 1
-            return forward(*args)
+        def call(module, *args):  # type: ignore[no-untyped-def]
+            calls[f"{type(module).__name__} {forward.__name__}"] += 1
+            return forward(module, *args)
 
-        return count_it
+        return call
 
-    layers.fused_forward = counted(layers.fused_forward)
-    layer.Linear = layers.FusedLinear
+    layers.fused_forward, layers.mixed_forward = counted(layers.fused_forward), counted(layers.mixed_forward)
     for name in ("conv_forward", "embedding_forward"):
         setattr(other_layers, name, counted(getattr(other_layers, name)))
+    layer.Linear, bnb.Linear4bit = layers.FusedLinear, layers_4bit.FusedLinear4bit
     for name in ("Embedding", "Conv1d", "Conv2d", "Conv3d"):
         setattr(layer, name, getattr(other_layers, f"Fused{name}"))
-    config.add_cleanup(lambda: Path(count).write_text(str(calls)))
+    config.add_cleanup(lambda: Path(count).write_text(json.dumps(calls)))
 
 
 def source() -> Path:
@@ -57,7 +59,7 @@ def source() -> Path:
     name = f"peft-{version('peft')}"
     if not (BUILD / name / "tests").is_dir():
         BUILD.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "-q", name.replace("-", "=="), "--no-deps", "--no-binary", ":all:"]
+        command = [sys.executable, "-m", "pip", "download", "-q", name.replace("-", "=="), "--no-deps", "--no-binary", "peft"]
         subprocess.run([*command, "-d", str(BUILD)], check=True)
         with tarfile.open(BUILD / f"{name}.tar.gz") as archive:
             archive.extractall(BUILD, filter="data")
@@ -65,12 +67,14 @@ def source() -> Path:
     return BUILD / name
 
 
-def run(tests: Path, file: str, select: str, fused: bool) -> tuple[Outcomes, int]:
-    """Of every test its outcome, and how many fused calls were made."""
+def run(tests: Path, file: str, select: str, fused: bool) -> tuple[Outcomes, dict[str, int]]:
+    """Of every test its outcome, and how many fused calls were made, of which kinds."""
     side = "fused" if fused else "stock"
     results, count = (BUILD / f"{Path(file).stem}_{side}.{kind}" for kind in ("xml", "count"))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")]), "OMP_NUM_THREADS": "1"}
-    environment |= {"HF_HUB_OFFLINE": "1"} | ({COUNT: str(count)} if fused else {})
+    environment = {"HF_HOME": str(BUILD / "hub")} | os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")])} | ({COUNT: str(count)} if fused else {})
+    for written in (results, count):
+        written.unlink(missing_ok=True)
     options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", f"--junitxml={results}"]
     command = [sys.executable, "-m", "pytest", f"tests/{file}", "-k", select, *options, "-p", "peft_conformance"]
     with open(results.with_suffix(".log"), "w") as log:
@@ -81,7 +85,7 @@ def run(tests: Path, file: str, select: str, fused: bool) -> tuple[Outcomes, int
     for case in ET.parse(results).iter("testcase"):
         kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
         outcomes[f"{case.get('classname')}::{case.get('name')}"] = kinds.pop() if kinds else "passed"
-    return outcomes, int(count.read_text()) if fused else 0
+    return outcomes, json.loads(count.read_text()) if fused else {}
 
 
 def main() -> None:
@@ -94,7 +98,7 @@ def main() -> None:
     fused, calls = run(tests, args.file, args.select, fused=True)
     for side, outcomes in (("stock", stock), ("fused", fused)):
         print(f"{side}: {', '.join(f'{n} {kind}' for kind, n in Counter(outcomes.values()).most_common())}")
-    print(f"{calls} fused calls")
+    print(f"{sum(calls.values())} fused calls{''.join(f', {n} of {kind}' for kind, n in calls.items())}")
     differ = sorted(name for name in stock.keys() | fused.keys() if stock.get(name) != fused.get(name))
     for name in differ:
         print(f"{name}: {stock.get(name, 'absent')}, fused {fused.get(name, 'absent')}")

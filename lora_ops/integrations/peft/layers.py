@@ -1,13 +1,15 @@
 """PEFT's LoRA layers with a fused forward: all state, and whatever is not fused, stays PEFT's."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from ...dora import dora_linear, row_norms
+from ...dora import dora_linear, row_norms, weight_norm
 from ...functional import lora_linear, qlora_linear
 from ...multi import AdapterBank, multi_lora_linear
 from ...nn.linear import is_conv1d
@@ -55,15 +57,18 @@ def why_not_mixed(layer: Layer, adapter_names: list[str] | None) -> str | None:
     """Why a batch whose rows have adapters of their own goes to PEFT's forward, or None."""
     if adapter_names is None or layer.disable_adapters or layer.merged or layer.training:
         return "it is in training, or its adapters are disabled or merged"
-    names = [name for name in dict.fromkeys(adapter_names) if name in layer.lora_A]
-    if len({layer.lora_A[name].weight.dtype for name in names}) > 1:
-        return "its adapters have several dtypes"
-    for name in names:
-        variant, scaling = layer.lora_variant.get(name), layer.scaling[name]
-        if variant is not None or layer.lora_B[name].bias is not None or isinstance(scaling, Tensor):
-            return f'adapter "{name}" is DoRA, or has a bias of B, or a tensor as scaling'
+    factors, dtypes = layer.lora_B._modules, set()
+    for name in dict.fromkeys(adapter_names):
+        if name not in factors:
+            continue
         if why := of_adapter(layer, name):
             return why
+        B = factors[name]._parameters
+        if name in layer.lora_variant or B["bias"] is not None or isinstance(layer.scaling[name], Tensor):
+            return f'adapter "{name}" is DoRA, or has a bias of B, or a tensor as scaling'
+        dtypes.add(B["weight"].dtype)
+    if len(dtypes) > 1:
+        return "its adapters have several dtypes"
     return _of_base(layer.base_layer)
 
 
@@ -85,8 +90,10 @@ def active(layer: Layer) -> list[str]:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling the module does what its class's forward does, and nothing else."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in module.__dict__ and not hasattr(module, "_hf_hook")
+    # nn.Module takes its time to find what it does not have, and this is asked of every adapter in a call.
+    own = module.__dict__
+    hooks = (own["_forward_hooks"], own["_forward_pre_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"])
+    return not any(hooks) and "forward" not in own and "_hf_hook" not in own
 
 
 def _is_plain_parameter(t: Any) -> bool:
@@ -118,12 +125,14 @@ def of_weight(base: Any) -> str | None:
 
 def of_adapter(layer: Layer, name: str, kind: type[nn.Module] = nn.Linear) -> str | None:
     """What is against an adapter, whose factors are to be of that class."""
-    A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    parts = layer._modules
+    A, B, dropout = (parts[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
     for factor in (A, B):
-        if type(factor) is not kind or not is_plain(factor) or not _is_plain_parameter(factor.weight):
-            return f"its factors are {type(factor).__name__} of {type(getattr(factor, 'weight', None)).__name__}, or have hooks"
-        if factor.weight.dtype not in _DTYPES:
-            return f"its factors are {factor.weight.dtype}"
+        weight = factor._parameters.get("weight")
+        if type(factor) is not kind or not is_plain(factor) or not _is_plain_parameter(weight):
+            return f"its factors are {type(factor).__name__} of {type(weight).__name__}, or have hooks"
+        if weight.dtype not in _DTYPES:
+            return f"its factors are {weight.dtype}"
     if type(dropout) not in (nn.Identity, nn.Dropout) or not is_plain(dropout):
         return f"its dropout is a {type(dropout).__name__}"
     variant = layer.lora_variant.get(name)
@@ -143,11 +152,26 @@ def takes(layer: Layer, x: Tensor) -> bool:
 def fused_forward(layer: Layer, x: Tensor) -> Tensor:
     """What the layer's forward gives, for a layer of which `why_not` knows no reason against it.
 
-    A 4-bit layer works in x's dtype under autocast, too: that is what bitsandbytes' layers return.
+    A 4-bit layer returns x's dtype under autocast, too, as bitsandbytes' layers do, and like those multiplies an fp32 x in
+    the half that its `compute_dtype` names: under autocast all of it, otherwise the frozen product alone. DoRA stays in fp32.
     """
-    if is_linear4bit(layer.base_layer) and torch.is_autocast_enabled(x.device.type):
+    base, names = layer.base_layer, active(layer)
+    if not is_linear4bit(base):
+        return _forward(layer, x)
+    in_half = x.dtype == torch.float32 and base.compute_dtype in _DTYPES[1:] and names[0] not in layer.lora_variant
+    if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return fused_forward(layer, x)
+            return _forward(layer, x.to(base.compute_dtype) if in_half else x).to(x.dtype)
+    if not in_half:
+        return _forward(layer, x)
+    weight, bias = quantised_weight(layer), base.bias
+    N, K = weight.shape
+    nothing = x.new_zeros(1, K), x.new_zeros(N, 1)
+    y = qlora_linear(x.to(base.compute_dtype), weight, *nothing, scaling=1.0, bias=None if bias is None else bias.float())
+    return _with_others(layer, x, y.to(x.dtype), names)
+
+
+def _forward(layer: Layer, x: Tensor) -> Tensor:
     base, names = layer.base_layer, active(layer)
     weight = quantised_weight(layer) if is_linear4bit(base) else base.weight.T if is_conv1d(base) else base.weight
     linear: Any = qlora_linear if isinstance(weight, NF4Weight) else lora_linear
@@ -164,10 +188,16 @@ def fused_forward(layer: Layer, x: Tensor) -> Tensor:
     bias = bias_of(layer, first)
     options: dict[str, Any] = {"scaling": scaling, "bias": bias, "training": layer.training}
     if names[0] in layer.lora_variant:
-        magnitude = layer.lora_magnitude_vector[names[0]].weight
-        return dora_linear(x, weight, A, B, magnitude, **options, dropout_p=dropouts[0], base=_row_norms(layer, weight))
+        vector = layer.lora_magnitude_vector[names[0]]
+        norm = _kept_norm(layer, vector, names[0], lambda: weight_norm(weight, A, B, scaling, _row_norms(layer, weight)))
+        return dora_linear(x, weight, A, B, vector.weight, **options, dropout_p=dropouts[0], norm=norm)
     y = linear(x, weight, A, B, **options, dropout_p=dropouts[0])
-    for name in names[len(first) :]:
+    return _with_others(layer, x, y, names[len(first) :])
+
+
+def _with_others(layer: Layer, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
+    """y and what these adapters add to it, by PEFT's formula."""
+    for name in names:
         A, B = layer.lora_A[name], layer.lora_B[name]
         y = y + (B(A(layer.lora_dropout[name](x.to(A.weight.dtype)))) * layer.scaling[name]).to(y.dtype)
     return y
@@ -176,16 +206,17 @@ def fused_forward(layer: Layer, x: Tensor) -> Tensor:
 def mixed_forward(layer: Layer, x: Tensor, adapter_names: list[str]) -> Tensor:
     """What the layer's forward gives where every row of x, or every sequence, has an adapter of its own."""
     layer._check_forward_args(x, adapter_names=adapter_names)
-    base, bank = layer.base_layer, AdapterBank()
+    base, adapters = layer.base_layer, {}
     weight = quantised_weight(layer) if is_linear4bit(base) else base.weight.T if is_conv1d(base) else base.weight
+    As, Bs = layer.lora_A._modules, layer.lora_B._modules
     for name in dict.fromkeys(adapter_names):
-        if name in layer.lora_A:
-            A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+        if name in As:
+            A, B = As[name].weight, Bs[name].weight
             if A.dtype not in (x.dtype, torch.float32):
                 A, B = A.float(), B.float()
-            bank.add(name, A, B, layer.scaling[name])
-    ids = [name if name in bank else None for name in adapter_names]
-    return multi_lora_linear(x, weight, bank, ids, bias=base.bias)
+            adapters[name] = A, B, layer.scaling[name]
+    ids = [name if name in adapters else None for name in adapter_names]
+    return multi_lora_linear(x, weight, AdapterBank._of(adapters), ids, bias=base.bias)
 
 
 def dropout_of(layer: Layer, name: str) -> float:
@@ -213,6 +244,22 @@ def quantised_weight(layer: Layer) -> NF4Weight:
         kept = layer.__dict__["_lora_ops_weight"] = (state, NF4Weight.from_params4bit(weight), weight.quant_state)
         layer.__dict__.pop("_lora_ops_norms", None)
     return kept[1]
+
+
+def _kept_norm(layer: Layer, vector: Any, name: str, norm: Callable[[], Tensor]) -> Tensor:
+    """An adapter's ‖W0 + ΔW‖. As in PEFT it is kept in eval mode, inside `peft.helpers.DoraCaching`, and with PEFT's forgotten:
+    nothing shows that an adapter has changed, since much writes into `.data`."""
+    if torch.compiler.is_compiling():
+        return norm()
+    if not peft_dora.ENABLE_DORA_CACHING or layer.training:
+        vector._cache_clear()
+        return norm()
+    key = f"lora_ops-weight-norm-{name}"
+    kept = vector._cache_get(key, None)
+    if kept is None:
+        kept = norm()
+        vector._cache_store(key, kept)
+    return kept
 
 
 def _row_norms(layer: Layer, weight: Tensor | NF4Weight) -> Tensor:
