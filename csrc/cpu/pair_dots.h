@@ -68,12 +68,46 @@ void dot_pairs_rows(const float* left, int64_t left_stride, const Matrix& right,
     for (int j = 0; j < kRight; ++j) c[i * kPanel + j] += sums[i * kRight + j];
 }
 
+// One row of x: the weight's rows one after the other, a single stream, which is what the hardware fetches best.
+inline void dot_pairs_one(const float* left, const Matrix& right, int cols, int64_t k, float* c) {
+  constexpr int kChains = 4;
+  const uint16_t* x = pair_row(left, 0, 0);
+  for (int j0 = 0; j0 < cols; j0 += kLanes) {
+    __m512 sums[kLanes];
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) sums[j] = V::zero();
+    for (int j = 0; j < kLanes && j0 + j < cols; ++j) {
+      const char* row = right.at(j0 + j, 0);
+      __m512 acc[kChains];
+#pragma GCC unroll 4
+      for (int h = 0; h < kChains; ++h) acc[h] = V::zero();
+      int64_t k0 = 0;
+      for (; k0 + kChains * kPairRow <= k; k0 += kChains * kPairRow) {
+#pragma GCC unroll 4
+        for (int h = 0; h < kChains; ++h) {
+          const int64_t at = k0 + h * kPairRow;
+          acc[h] = _mm512_dpbf16_ps(acc[h], load_pairs(x + at), load_pairs(row + at * 2));
+        }
+      }
+      for (; k0 < k; k0 += kPairRow) {
+        const __mmask32 have = k - k0 < kPairRow ? (1u << (k - k0)) - 1 : ~0u;
+        const auto w = reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(have, row + k0 * 2));
+        acc[0] = _mm512_dpbf16_ps(acc[0], load_pairs(x + k0), w);
+      }
+      sums[j] = V::add(V::add(acc[0], acc[1]), V::add(acc[2], acc[3]));
+    }
+    alignas(64) float of_rows[kLanes];
+    V::store(of_rows, V::sums(sums));
+    for (int j = 0; j < kLanes && j0 + j < cols; ++j) c[j0 + j] += of_rows[j];
+  }
+}
+
 // Left rows are taken in powers of two: `left` holds that many.
-template <int kLeft = 1>
+template <int kLeft = 2>
 void dot_pairs_as(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c) {
   if constexpr (kLeft <= kDotRows) {
     if (rows > kLeft) return dot_pairs_as<2 * kLeft>(rows, left, left_stride, right, cols, k, c);
-    constexpr int kRight = kLeft == 1 ? 4 : kLeft == 2 ? 4 : kLanes / kLeft;
+    constexpr int kRight = kLeft == 2 ? 4 : kLanes / kLeft;
     int j = 0;
     Matrix rows_of = right;
     for (; j + kRight <= cols; j += kRight) {
@@ -88,6 +122,7 @@ void dot_pairs_as(int rows, const float* left, int64_t left_stride, const Matrix
 }
 
 inline void dot_pairs(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c) {
+  if (rows == 1) return dot_pairs_one(left, right, cols, k, c);
   dot_pairs_as(rows, left, left_stride, right, cols, k, c);
 }
 
