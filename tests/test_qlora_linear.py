@@ -66,11 +66,11 @@ def test_comparison_notices_a_lost_element(shape, dtypes):
 
 
 @pytest.mark.parametrize("settings", [(64, True, "nf4"), (32, True, "fp4"), (64, False, "nf4"), (1024, True, "nf4")], ids=str)
-@pytest.mark.parametrize("M", [1, 2, 3, 5, 9, 24])
+@pytest.mark.parametrize("M", [1, 3, 24])
 def test_few_rows_over_long_ones(M, settings):
     """Rows longer than what scales are computed for at a time, with short tails, across groups of nested scales."""
-    for K in (4128, 4224, 4288):
-        case = make_quantised_case((M, K, 70, 8), Dtypes(BF16, F32), settings)
+    for K in (4128, 4288):
+        case = make_quantised_case((M, K, 36, 8), Dtypes(BF16, F32), settings)
         assert_within_bound(errors_4bit(case, backward=False))
 
 
