@@ -1,8 +1,10 @@
 // The ops on tensors as they come (tensors.h): what fits is done, without a question asked in Python.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
+#include <vector>
 
 #include "bindings.h"
 #include "cpu/dispatch.h"
@@ -142,12 +144,31 @@ py::object backward(const py::object& dy, const py::object& x, const py::tuple& 
   return py::make_tuple(dx, dA, dB, dbias);
 }
 
+// Adapters as multi_lora_forward takes them, the dtype of all and the largest rank.
+py::object adapters(const std::vector<py::object>& lora_A, const std::vector<py::object>& lora_B, int64_t K, int64_t N, int x) {
+  Tensors tensors;
+  std::vector<std::array<int64_t, 5>> fields;
+  int64_t most_r = 0;
+  Matrix A, B;
+  for (size_t i = 0; i < std::min(lora_A.size(), lora_B.size()) && tensors.fit(); ++i) {
+    const DType before = A.dtype;
+    int64_t r = 0;
+    factors(tensors, lora_A[i], lora_B[i], static_cast<DType>(x), K, N, r, A, B);
+    tensors.require((i == 0 || A.dtype == before) && A.row_stride == K && B.row_stride == r);
+    fields.push_back({reinterpret_cast<int64_t>(A.data), reinterpret_cast<int64_t>(B.data), 0, 0, r});
+    most_r = std::max(most_r, r);
+  }
+  if (!tensors.fit() || lora_A.empty() || lora_A.size() != lora_B.size()) return py::none();
+  return py::make_tuple(fields, static_cast<int>(A.dtype), most_r);
+}
+
 }  // namespace
 
 void bind_tensor_calls(py::module_& m) {
   m.def("use_tensors", &use_tensors);
   m.def("forward_of_tensors", &forward);
   m.def("backward_of_tensors", &backward);
+  m.def("adapters_of_tensors", &adapters);
 }
 
 }  // namespace lora_ops

@@ -70,26 +70,39 @@ def _dtype(adapters: list[Tensor]) -> int:
     return ops._DTYPES[adapters[0].dtype] if adapters else 0
 
 
+def _for_forward(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, bias, dropout_p):  # type: ignore[no-untyped-def]
+    """What the kernel is told of the adapters, their dtype, the largest rank, and what must live as long as the call."""
+    fit = None
+    if scalings.shape == (len(lora_A),):
+        fit = _C.adapters_of_tensors(lora_A, lora_B, K, weight[0].shape[0], ops._DTYPES[x.dtype])
+    if fit is not None:  # then the first one stands for all
+        check(x, weight, K, blocksize, quant_type, lora_A[:1], lora_B[:1], scalings[:1], adapter_ids, bias, dropout_p)
+        return *fit, None
+    check(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, bias, dropout_p)
+    As, Bs = [A.contiguous() for A in lora_A], [B.contiguous() for B in lora_B]
+    adapters = [(A.data_ptr(), B.data_ptr(), 0, 0, A.shape[0]) for A, B in zip(As, Bs, strict=True)]
+    return adapters, _dtype(As), max((A.shape[0] for A in As), default=0), (As, Bs)
+
+
 def _forward_cpu(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, bias, seed, dropout_p):  # type: ignore[no-untyped-def]
     N, rows = weight[0].shape[0], ops.rows_of(x)
     if x.dtype not in ops._DTYPES or N * K == 0:
         return forward_reference(
             x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, bias, seed, dropout_p
         )
-    check(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, bias, dropout_p)
-    M, r = rows.shape[0], max((A.shape[0] for A in lora_A), default=0)
-    external = ops.base_on_torch(x.dtype)
+    adapters, dtype, r, _kept = _for_forward(
+        x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, bias, dropout_p
+    )
+    M, external = rows.shape[0], ops.base_on_torch(x.dtype)
     if external:
         y = rows @ _dense(x, weight, K, blocksize, quant_type).to(x.dtype).T
     else:
         weight = weight if quant_type else [ops._strided(weight[0])]
         y = torch.empty((M, N), dtype=x.dtype)
     S, ids = torch.empty((M, r), dtype=torch.float32), adapter_ids.contiguous()
-    As, Bs = [A.contiguous() for A in lora_A], [B.contiguous() for B in lora_B]
-    adapters = [(A.data_ptr(), B.data_ptr(), 0, 0, A.shape[0]) for A, B in zip(As, Bs, strict=True)]
     _C.multi_lora_forward(
         M, K, N, r, ops.matrix(rows), None if external else _for_kernel(weight, blocksize, quant_type), adapters,
-        scalings.tolist(), _dtype(As), ids.data_ptr(), ops.matrix(None if bias is None else bias.contiguous()),
+        scalings.tolist(), dtype, ids.data_ptr(), ops.matrix(None if bias is None else bias.contiguous()),
         *ops._dropout(seed, dropout_p), ops.matrix(y), S.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y.view(*x.shape[:-1], N), S

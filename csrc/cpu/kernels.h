@@ -103,6 +103,9 @@ struct Kernels {
   // room for `rows` rounded up to a power of two.
   void (*dot)(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c);
   void (*dot_order)(const Matrix& src, int64_t k, Mask mask, DType right, float* out);
+  // c[j] = Σ_k left[k] · right[j][k] for one left row in fp32, zero-padded to whole vectors, a k of some vectors and `cols` <=
+  // 2·lanes; c is written in whole vectors.
+  void (*dot_short)(const float* left, const Matrix& right, int cols, int64_t k, float* c);
   DotCodes codes;
   // Where x (and a dense weight) is in bf16, or null; 4-bit weights rounded to bf16.
   DotPairs pairs;

@@ -5,7 +5,7 @@
 //                keep (lanes whose bit is set); load_bf16 load_f16 store_bf16 store_f16;
 //                load_transposed (kLanes x kLanes dwords); sums (lane i of the result: all lanes of vector i added up);
 //                kPairs, and if so split (dwords of two bf16 into even and odd elements);
-//                kFewRows, kFetchedFrom (see dot_rows);
+//                kFewRows, kFetchedFrom (see dots.h);
 //                U and the dropout generator's integer steps }
 //
 // Tile budget: kRows x 2 accumulators + 2 panel vectors + 1 broadcast fill the register file (14 x 2 + 3 = 31 of 32 with
@@ -184,127 +184,6 @@ inline void widen_row(const Matrix& row, int64_t cols, Mask mask, float* out) {
   pack_straight(row, cols, 1, mask, out, 2, kLanes);
 }
 
-// --- few rows: the right operand is used once, so it is read where it lies -------------------------------------------
-
-// Two vectors of 2·kLanes neighbouring elements. bf16 splits into even and odd ones (a shift and an and, no shuffle), hence
-// the order of `dot_order`.
-template <DType kType>
-void load_two(const void* row, int64_t k, typename V::T& a, typename V::T& b) {
-  if constexpr (kType == DType::bf16 && V::kPairs) {
-    V::split(V::load(reinterpret_cast<const float*>(static_cast<const uint16_t*>(row) + k)), a, b);
-  } else {
-    a = load_as<kType>(row, k);
-    b = load_as<kType>(row, k + kLanes);
-  }
-}
-
-// A row widened, of every kPanel neighbours i at place(i).
-template <class Place>
-void ordered(const Matrix& src, int64_t k, Mask mask, float* out, Place place) {
-  for (int64_t k0 = 0; k0 < k; k0 += kPanel) {
-    const int cols = static_cast<int>(k - k0 < kPanel ? k - k0 : kPanel);
-    alignas(64) float v[kPanel];
-    widen_row(Matrix{src.at(0, k0), 0, 1, src.dtype}, cols, Mask{mask.words, 0, mask.first + k0}, v);
-    for (int i = 0; i < kPanel; ++i) out[k0 + place(i)] = v[i];
-  }
-}
-
-inline int even_first(int i) {
-  return i / 2 + i % 2 * kLanes;
-}
-
-inline void dot_order(const Matrix& src, int64_t k, Mask mask, DType right, float* out) {
-  right == DType::bf16&& V::kPairs ? ordered(src, k, mask, out, even_first)
-                                   : ordered(src, k, mask, out, [](int i) { return i; });
-}
-
-// kLeft x kRight sums, kLanes of them wherever kRight is kLanes / kLeft: then one transposing tree adds up all their lanes.
-template <DType kType, int kLeft, int kRight>
-void dot_rows(const float* left, int64_t left_stride, const Matrix& right, int64_t k, float* c) {
-  using T = typename V::T;
-  constexpr int kChains = 2 * kLeft * kRight <= kLanes ? 2 : 1;  // independent sums, while there are registers
-  T acc[kChains][kLanes];
-#pragma GCC unroll 2
-  for (int h = 0; h < kChains; ++h)
-#pragma GCC unroll 16
-    for (int a = 0; a < kLanes; ++a) acc[h][a] = V::zero();
-  const char* row = right.at(0, 0);
-  const int64_t stride = right.row_stride * size_of(kType);
-
-  const auto step = [&](const char* from, int64_t from_stride, int64_t k0) __attribute__((always_inline)) {
-    T a[kRight], b[kRight];
-#pragma GCC unroll 16
-    for (int j = 0; j < kRight; ++j) {
-      load_two<kType>(from + j * from_stride, 0, a[j], b[j]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLeft; ++i) {
-      T x0 = V::load(left + i * left_stride + k0), x1 = V::load(left + i * left_stride + k0 + kLanes);
-      if (kRight > 1) V::pin(x0), V::pin(x1);  // one load for kRight multiply-adds, not one each
-#pragma GCC unroll 16
-      for (int j = 0; j < kRight; ++j) {
-        T& first = acc[0][i * kRight + j];
-        T& second = acc[kChains - 1][i * kRight + j];
-        first = V::fma(x0, a[j], first);
-        second = V::fma(x1, b[j], second);
-      }
-    }
-  };
-  int64_t k0 = 0;
-  for (; k0 + kPanel <= k; k0 += kPanel) {
-    const char* from = row + k0 * size_of(kType);
-    // The rows that come next. Intel's cores fetch kRight streams best by themselves while there are few left rows.
-    if constexpr (kLeft >= V::kFetchedFrom) {
-#pragma GCC unroll 16
-      for (int j = 0; j < kRight; ++j) __builtin_prefetch(from + (kRight + j) * stride, 0, 2);
-    }
-    step(from, stride, k0);
-  }
-  if (k0 < k) {
-    alignas(64) char part[kRight][kPanel * 4] = {};
-    for (int j = 0; j < kRight; ++j) std::memcpy(part[j], row + j * stride + k0 * size_of(kType), (k - k0) * size_of(kType));
-    step(part[0], sizeof part[0], k0);
-  }
-  alignas(64) float sums[kLanes];
-  if (kChains == 2) {
-#pragma GCC unroll 16
-    for (int a = 0; a < kLeft * kRight; ++a) acc[0][a] = V::add(acc[0][a], acc[kChains - 1][a]);
-  }
-  V::store(sums, V::sums(acc[0]));
-#pragma GCC unroll 16
-  for (int i = 0; i < kLeft; ++i)
-#pragma GCC unroll 16
-    for (int j = 0; j < kRight; ++j) c[i * kPanel + j] += sums[i * kRight + j];
-}
-
-template <DType kType, int kLeft>
-void dot_left(const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c) {
-  constexpr int kRight = kLeft == 1 ? 2 : kLanes / kLeft;
-  int j = 0;
-  Matrix rows = right;
-  for (; j + kRight <= cols; j += kRight) {
-    rows.data = right.at(j, 0);
-    dot_rows<kType, kLeft, kRight>(left, left_stride, rows, k, c + j);
-  }
-  for (; j < cols; ++j) {
-    rows.data = right.at(j, 0);
-    dot_rows<kType, kLeft, 1>(left, left_stride, rows, k, c + j);
-  }
-}
-
-// Left rows are taken in powers of two: `left` holds that many.
-template <DType kType, int kLeft = 1>
-void dot_as(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c) {
-  if constexpr (kLeft <= kLanes && kLeft <= kDotRows) {
-    if (rows <= kLeft) return dot_left<kType, kLeft>(left, left_stride, right, cols, k, c);
-    dot_as<kType, 2 * kLeft>(rows, left, left_stride, right, cols, k, c);
-  }
-}
-
-inline void dot(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c) {
-  LORA_OPS_BY_DTYPE(right.dtype, dot_as, rows, left, left_stride, right, cols, k, c)
-}
-
 // --- a tile's way in and out -----------------------------------------------------------------------------------------
 
 template <DType kType>
@@ -377,13 +256,14 @@ inline void dropout_mask(const Dropout& dropout, int64_t row, int64_t cols, uint
 }
 
 #include "bounds.h"
+#include "dots.h"
 #include "four_bit.h"
 
 constexpr Arithmetic kF32 = {
     V::kRows, 1, 1, {}, nullptr, nullptr, pack_transposed, pack_transposed, pack_straight, tile<F32>, multiply_adds<F32>};
 
 constexpr Kernels table(const char* name, Arithmetic bf16) {
-  return {name,     kLanes,  V::kFewRows, kF32,   bf16,       dot,       dot_order, {dot_codes, dot_order_codes},
-          {},       {},      V::kFewRows, decode, store_tile, load_tile, mask_tile, dropout_mask,
-          read_all, nullptr, nullptr};
+  return {name,    kLanes, V::kFewRows, kF32,   bf16,       dot,       dot_order, dot_short,    {dot_codes, dot_order_codes},
+          {},      {},     V::kFewRows, decode, store_tile, load_tile, mask_tile, dropout_mask, read_all,
+          nullptr, nullptr};
 }

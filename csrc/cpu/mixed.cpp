@@ -41,14 +41,17 @@ MixedRows::MixedRows(const Kernels& k, const MixedBatch& batch, Side side, int64
 }
 
 void MixedRows::multiply(int64_t tile, const float* tail_left, int rows, int64_t col, float* c) const {
-  const int panel = k_.panel();
+  const int panel = k_.panel(), cols = static_cast<int>(std::min<int64_t>(panel, C_ - col));
   alignas(64) float packed[kUpSteps * 2 * kMaxLanes], products[kDotRows * 2 * kMaxLanes];
   std::fill_n(c, rows * panel, 0.f);
-  if (tile + 1 < tiles_.count) fetch(tile + 1, col);
   const Adapter* holds = nullptr;  // whose piece `packed` is
   for (int64_t n = first_[tile]; n < first_[tile + 1]; ++n) {
     const Run& run = runs_[n];
     const Adapter& a = *run.adapter;
+    if (alone(run)) {
+      k_.dot_short(tail_left + run.left, from(a.lora_B, col, 0), cols, a.r, c + run.at[0] * panel);
+      continue;
+    }
     const bool in_order = run.at[run.rows - 1] - run.at[0] == run.rows - 1;
     float* to = in_order ? c + run.at[0] * panel : products;
     for (int64_t s = 0; s < a.r; s += kUpSteps) {
@@ -65,19 +68,6 @@ void MixedRows::multiply(int64_t tile, const float* tail_left, int rows, int64_t
   }
 }
 
-// Brings the pieces of A or B that a tile meets in a panel to L2: there may be as many as rows, and each is short.
-void MixedRows::fetch(int64_t tile, int64_t col) const {
-  const int64_t cols = std::min<int64_t>(k_.panel(), C_ - col);
-  for (int64_t n = first_[tile]; n < first_[tile + 1]; ++n) {
-    const Adapter& a = *runs_[n].adapter;
-    const bool up_B = side_ == Side::up_B;
-    const Matrix piece = up_B ? from(a.lora_B, col, 0) : from(a.lora_A, 0, col);
-    const int64_t lines = up_B ? 1 : a.r, bytes = (up_B ? cols * a.r : cols) * size_of(piece.dtype);
-    for (int64_t i = 0; i < lines; ++i)
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(piece.at(i, 0) + b, 0, 2);
-  }
-}
-
 int64_t MixedRows::forward_size(const Kernels& k, const LoraForward& p) {
   const int64_t sums = ceil_div(p.r, k.panel()) * kDotRows * k.panel();
   return kDotRows * whole_rows(p.K) + sums + (p.dropout.threshold ? mask_words(p.K) : 0);
@@ -86,33 +76,40 @@ int64_t MixedRows::forward_size(const Kernels& k, const LoraForward& p) {
 void MixedRows::down(int64_t tile, const LoraForward& p, float* own, float* tail_left) const {
   const int64_t stride = whole_rows(p.K), first = row0_ + tiles_.start(tile);
   const int panel = k_.panel();
+  const bool pairs = k_.pairs.dot && p.x.dtype == DType::bf16 && !p.dropout.threshold;  // of those whose A is in bf16
   float* sums = own + kDotRows * stride;
   uint32_t* bits = reinterpret_cast<uint32_t*>(sums + ceil_div(p.r, panel) * kDotRows * panel);
   for (int i = 0; i < tiles_.size(tile); ++i) std::fill_n(p.S + (first + i) * p.r, p.r, 0.f);
   for (int64_t n = first_[tile]; n < first_[tile + 1]; ++n) {
     const Run& run = runs_[n];
     const Adapter& a = *run.adapter;
+    const bool in_pairs = pairs && a.lora_A.dtype == DType::bf16;
+    const auto dot = in_pairs ? k_.pairs.dot : k_.dot;
     for (int i = 0; i < run.rows; ++i) {
       Mask mask;
       if (p.dropout.threshold) {
         k_.dropout_mask(p.dropout, first + run.at[i], p.K, bits);
         mask = Mask{bits, 0};
       }
-      k_.dot_order(from(p.x, first + run.at[i], 0), p.K, mask, a.lora_A.dtype, own + i * stride);
+      const Matrix x = from(p.x, first + run.at[i], 0);
+      in_pairs ? k_.pairs.order(x, p.K, mask, own + i * stride) : k_.dot_order(x, p.K, mask, a.lora_A.dtype, own + i * stride);
     }
     std::fill_n(sums, ceil_div(a.r, panel) * kDotRows * panel, 0.f);
-    for (int64_t k0 = 0; k0 < p.K; k0 += kDotBlock)
+    const int64_t k_block = run.rows == 1 ? p.K : kDotBlock;
+    for (int64_t k0 = 0; k0 < p.K; k0 += k_block)
       for (int64_t j = 0; j < a.r; j += panel) {
         const int cols = static_cast<int>(std::min<int64_t>(a.r - j, panel));
-        k_.dot(run.rows, own + k0, stride, from(a.lora_A, j, k0), cols, std::min(kDotBlock, p.K - k0), sums + j * kDotRows);
+        const int64_t count = std::min(k_block, p.K - k0);
+        dot(run.rows, own + k0 / (in_pairs ? 2 : 1), stride, from(a.lora_A, j, k0), cols, count, sums + j * kDotRows);
       }
     float* left = tail_left + run.left;
+    const int lanes = alone(run) ? 1 : k_.lanes;
     std::fill_n(left, a.r * k_.lanes, 0.f);
     for (int i = 0; i < run.rows; ++i)
       for (int64_t j = 0; j < a.r; ++j) {
         const float s = sums[j / panel * kDotRows * panel + i * panel + j % panel] * p.dropout.keep_scale;
         p.S[(first + run.at[i]) * p.r + j] = s;
-        left[j * k_.lanes + i] = a.scaling * s;
+        left[j * lanes + i] = a.scaling * s;
       }
   }
 }

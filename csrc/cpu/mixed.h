@@ -2,7 +2,8 @@
 //
 // Rows stay where they are. Those of a tile that share an adapter are a run; its left operand meets the piece of B (forward) or
 // A (backward) of one panel's columns, which is packed into L1 for the moment: r steps beside the R steps of the base product.
-// The down-projection reads A and B where they lie. Nothing is packed per adapter, so a batch may have as many as it has rows.
+// A run of one row multiplies B's rows where they lie: packing them took longer. The down-projection reads A and B where they
+// lie. Nothing is packed per adapter, so a batch may have as many as it has rows.
 #pragma once
 
 #include <vector>
@@ -38,7 +39,8 @@ class MixedRows {
     int64_t left;      // of its left operand [r][lanes] in tail_left
   };
 
-  void fetch(int64_t tile, int64_t col) const;
+  // Whether a run's results are dot products of B's rows with its one row of S, which then lies in order.
+  bool alone(const Run& run) const { return side_ == Side::up_B && run.rows == 1; }
 
   const Kernels& k_;
   const Side side_;
