@@ -31,6 +31,7 @@ from .functional import lora_linear, qlora_linear
 from .multi import AdapterBank, multi_lora_linear
 from .nn.conv import FusedLoraConv1d, FusedLoraConv2d, FusedLoraConv3d
 from .nn.embedding import FusedLoraEmbedding
+from .nn.factored import FactoredLinear
 from .nn.linear import FusedLoraLinear
 from .ops import pack_weight
 from .quant import NF4Weight, quantize_nf4
@@ -38,6 +39,7 @@ from .quant import NF4Weight, quantize_nf4
 __all__ = [
     "Adapter",
     "AdapterBank",
+    "FactoredLinear",
     "FusedLoraConv1d",
     "FusedLoraConv2d",
     "FusedLoraConv3d",

@@ -19,6 +19,9 @@ def lora_linear(
     dropout_p: float = 0.0,
     training: bool = False,
     panels: Tensor | None = None,
+    gate: Tensor | None = None,
+    core: Tensor | None = None,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
     """A frozen linear layer with a low-rank update, in one pass: y = x W0ᵀ + scaling · (drop(x) Aᵀ) Bᵀ + bias.
 
@@ -44,6 +47,10 @@ def lora_linear(
         training: dropout acts only if True.
         panels: the weight packed beforehand (`lora_ops.pack_weight`), faster for small batches. It must come from this
             very weight: it is used instead of it.
+        gate: (r,), or (..., r) with the leading dimensions of x: multiplies S, elementwise.
+        core: (r, r): multiplies S from the right, after the gate.
+        out_scale: (N,): multiplies the output before the bias. The general form, each factor of it optional and trainable:
+            y = out_scale ∘ (x W0ᵀ + scaling · (((drop(x) Aᵀ) ∘ gate) core) Bᵀ) + bias.
 
     Returns:
         (..., N) in x's dtype; under `torch.autocast`, in the dtype that `F.linear` would return. Products are accumulated
@@ -53,6 +60,9 @@ def lora_linear(
         ValueError: a shape, device, scaling or dropout_p that does not fit, or a weight that requires grad.
         TypeError: a dtype that does not fit.
     """
+    if gate is not None or core is not None or out_scale is not None:
+        options = {"scaling": scaling, "dropout_p": dropout_p, "training": training}
+        return _general(lora_linear, x, weight, lora_A, lora_B, bias, gate, core, out_scale, options)
     if torch.is_grad_enabled():
         check_frozen(weight)
     dtype = autocast_dtype(x)
@@ -77,6 +87,9 @@ def qlora_linear(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     training: bool = False,
+    gate: Tensor | None = None,
+    core: Tensor | None = None,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
     """`lora_linear` over a frozen weight in 4 bits: y = x Wᵀ + scaling · (drop(x) Aᵀ) Bᵀ + bias, W = code · absmax.
 
@@ -88,7 +101,7 @@ def qlora_linear(
     Args:
         x: (..., K), float32, bfloat16 or float16 (float64 runs the reference), any strides.
         qweight: (N, K), see `quantize_nf4`. Its own `dtype` does not matter here.
-        lora_A, lora_B, scaling, bias, dropout_p, training: as in `lora_linear`.
+        lora_A, lora_B, scaling, bias, dropout_p, training, gate, core, out_scale: as in `lora_linear`.
 
     Returns:
         (..., N) in x's dtype; under `torch.autocast`, in the dtype that `F.linear` would return.
@@ -99,6 +112,9 @@ def qlora_linear(
     """
     if not isinstance(qweight, NF4Weight):
         raise TypeError(f"qweight must be an NF4Weight (see quantize_nf4), got {type(qweight).__name__}")
+    if gate is not None or core is not None or out_scale is not None:
+        options = {"scaling": scaling, "dropout_p": dropout_p, "training": training}
+        return _general(qlora_linear, x, qweight, lora_A, lora_B, bias, gate, core, out_scale, options)
     N, K = qweight.shape
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x must be (..., K) with K = {K} as in qweight {(N, K)}, got shape {tuple(x.shape)}")
@@ -109,6 +125,22 @@ def qlora_linear(
         seed = _draw_seed(x)
     y, _ = qlora_ops.qlora_forward(x, qweight, lora_A, lora_B, bias, seed, float(scaling), float(dropout_p))
     return y
+
+
+def _general(linear, x, weight, lora_A, lora_B, bias, gate, core, out_scale, options):  # type: ignore[no-untyped-def]
+    B = lora_B
+    if core is not None:
+        B = B @ core.to(B.dtype).T
+    if gate is None or gate.dim() == 1:
+        B = B if gate is None else B * gate.to(B.dtype)
+        y = linear(x, weight, lora_A, B, **options)
+    else:
+        p = options["dropout_p"] if options["training"] else 0.0
+        S = torch.nn.functional.dropout(x.to(B.dtype), p) @ lora_A.T
+        y = linear(x, weight, lora_A[:1].detach() * 0, B[:, :1].detach() * 0, scaling=1.0)
+        y = (y + options["scaling"] * ((S * gate) @ B.T)).to(y.dtype)
+    y = y if out_scale is None else (y * out_scale).to(y.dtype)
+    return y if bias is None else (y + bias).to(y.dtype)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

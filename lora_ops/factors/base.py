@@ -1,0 +1,15 @@
+"""What a provider returns."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """Of y = out_scale ∘ (x W0ᵀ + scaling · (((x Aᵀ) ∘ gate) core) Bᵀ) + bias, all but W0, scaling and bias."""
+
+    lora_A: Tensor  # (r, K)
+    lora_B: Tensor  # (N, r)
+    gate: Tensor | None = None  # (r,), or (..., r) with the leading dimensions of x
+    core: Tensor | None = None  # (r, r)
+    out_scale: Tensor | None = None  # (N,)
