@@ -12,20 +12,19 @@ from torch import Tensor, nn
 from ..dora import row_norms, weight_norm
 from ..quant import NF4Weight
 from ..stacking import stack
+from .frozen import FrozenWeight, adapter_dtype_for
 from .quantized import frozen_linear
 
 
-class NamedAdapters(nn.Module):
+class NamedAdapters(FrozenWeight):
     """A layer whose parameters `lora_A[name]` (r, K) and `lora_B[name]` (N, r) belong to adapters with names, as do the
     `lora_B_bias[name]` (N,) of those with `lora_bias` and the `lora_magnitude_vector[name]` (N,) of those that are DoRA.
 
     Those in `active_adapters` are added to the layer's output; they alone train. Names and meanings are PEFT's.
     """
 
-    weight: Any
     in_features: int
     out_features: int
-    bias: Tensor | None
 
     def _setup_adapters(self) -> None:
         self.lora_A = nn.ParameterDict()
@@ -38,7 +37,6 @@ class NamedAdapters(nn.Module):
         self.use_rslora: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
         self.active_adapters: list[str] = []
-        self.adapters_disabled = False
         self._norms: tuple[Any, ...] | None = None
 
     @property
@@ -55,12 +53,6 @@ class NamedAdapters(nn.Module):
     def parameter_dicts(self) -> tuple[nn.ParameterDict, ...]:
         """Whatever parameters adapters have, each by the adapter's name."""
         return self.lora_A, self.lora_B, self.lora_B_bias, self.lora_magnitude_vector
-
-    @property
-    def base_weight(self) -> Any:
-        """W0, whether adapters are merged into `weight` or not."""
-        unmerged = getattr(self, "unmerged_weight", None)
-        return self.weight if unmerged is None else unmerged
 
     @property
     def active_adapter(self) -> str:
@@ -138,13 +130,6 @@ class NamedAdapters(nn.Module):
             del of_all[adapter_name]
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
 
-    def disable_adapters(self) -> None:
-        """The layer is the frozen layer alone, until `enable_adapters`. What is merged stays merged."""
-        self.adapters_disabled = True
-
-    def enable_adapters(self) -> None:
-        self.adapters_disabled = False
-
     def set_scaling(self, adapter_name: str, lora_alpha: float, use_rslora: bool = False) -> None:
         """scaling = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
         r = self.r[adapter_name]
@@ -187,8 +172,7 @@ class NamedAdapters(nn.Module):
     ) -> None:
         if lora_bias and self.bias is None:
             warnings.warn(f'lora_bias is True for adapter "{name}" of a layer without bias: it cannot be merged', stacklevel=3)
-        half = self.weight.dtype in (torch.bfloat16, torch.float16)
-        dtype = adapter_dtype or (torch.float32 if half else self.weight.dtype)
+        dtype = adapter_dtype_for(self.weight, adapter_dtype)
         device = self.weight.device
         A, B = (torch.empty(shape, dtype=dtype, device=device) for shape in self._factor_shapes(r))
         self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
@@ -293,12 +277,15 @@ class NamedAdapters(nn.Module):
         return scaling * (B.to(wide) @ A.to(wide))
 
     @torch.no_grad()
-    def _with_active(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _with_update(self) -> tuple[Tensor, Tensor | None]:
         """W0 with what every active adapter makes of it, one after the other, in fp32 at least, and what they add to the bias:
 
         LoRA    W + ΔW                                                     b + scaling · bias of B
         DoRA    c ∘ (W + ΔW), c = magnitude / ‖W0 + ΔW‖                    c ∘ b
         """
+        if not self.active_adapters:
+            raise RuntimeError("no adapter is active: there is nothing to merge; call set_adapter() first")
+        weight = self._dense_weight(torch.promote_types(self.lora_A[self.active_adapter].dtype, torch.float32))
         merged, bias = weight, None
         for name in self.active_adapters:
             delta = self.delta_weight(name)
@@ -318,7 +305,7 @@ class NamedAdapters(nn.Module):
             raise ValueError(f"adapter_name must have every name once, got {list(names)}")
 
     def _check_not_merged(self, method: str) -> None:
-        if getattr(self, "merged", False):
+        if self.merged:
             raise RuntimeError(f"{method} needs the layer unmerged: {self._active()} is merged; call unmerge() first")
 
     def _names(self) -> str:
