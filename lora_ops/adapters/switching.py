@@ -9,7 +9,7 @@ from torch import nn
 
 from ..nn.adapter import check_adapter_name
 from .config import LoraConfig
-from .injection import lora_layers
+from .injection import lora_layers, updated_layers
 from .kinds import LoraLayer, check_variants
 from .whole_modules import copies_of, modules_to_save, whole_modules, wrap
 
@@ -94,7 +94,10 @@ def delete_adapter(model: Model, adapter_name: str) -> Model:
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """`with disable_adapter(model):` the frozen model, in which what is merged stays merged."""
-    parts = [*_layers(model).values(), *(wrapper for _, wrapper in whole_modules(model))]
+    layers = [layer for _, layer in updated_layers(model)]
+    if not layers:
+        raise ValueError("model has no layer with LoRA; see add_lora")
+    parts = [*layers, *(wrapper for _, wrapper in whole_modules(model))]
     before = [part.adapters_disabled for part in parts]
     for part in parts:
         part.adapters_disabled = True

@@ -118,7 +118,7 @@ class FusedLoraLinear(NamedAdapters):
         check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype, use_dora, lora_bias)
         check_adapter_name(adapter_name)
         check_quant(quant, blocksize)
-        weight, bias = _weight_of(linear)
+        weight, bias = weight_of(linear)
         weight = quantised(weight, quant, blocksize, double_quant)
         if prepack and isinstance(weight, NF4Weight):
             raise ValueError("prepack must be False for a weight in 4 bits, which lies as the kernels read it, got True")
@@ -202,7 +202,7 @@ class FusedLoraLinear(NamedAdapters):
         return {**self.__dict__, "_panels": None, "_panels_of": None, "_packed_weight": None, "_norms": None}
 
 
-def _weight_of(linear: nn.Module) -> tuple[Tensor | NF4Weight, Tensor | None]:
+def weight_of(linear: nn.Module) -> tuple[Tensor | NF4Weight, Tensor | None]:
     """weight (N, K) and bias of a supported layer. Conv1D, y = x W + b with W (K, N), is known by its `nf`."""
     weight: Any = getattr(linear, "weight", None)
     bias: Any = getattr(linear, "bias", None)
