@@ -62,8 +62,10 @@ class MixLora(nn.Module):
             raise ValueError(
                 f"x must be (instances, ..., tokens, K): each instance selects its own factors, got {tuple(x.shape)}"
             )
-        (of_A, score_A), (of_B, score_B) = self.select(x)
         n = x.shape[0]
+        if n == 0:
+            return Factors(self.lora_A[: self.r], self.lora_B[:, : self.r])
+        (of_A, score_A), (of_B, score_B) = self.select(x)
         A = (self.lora_A[of_A] * score_A.unsqueeze(-1)).flatten(0, 1)
         B = self.lora_B[:, of_B.flatten()] * score_B.flatten()
         own = torch.eye(n, dtype=A.dtype, device=x.device).repeat_interleave(self.r, dim=1)
