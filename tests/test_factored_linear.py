@@ -57,6 +57,19 @@ def test_without_anything_between_it_is_lora_bit_for_bit(dtype, quant):
     assert layer.merge_error == lora.merge_error
 
 
+@pytest.mark.parametrize("name", ["vera", "nola", "loretta"])
+def test_autocast_leaves_the_provider_alone(name):
+    """As of a LoRA that has the factors as fp32 parameters."""
+    layer, x = factored(PROVIDERS[name], nn.Linear(K, N)), make_x()
+    A, B = layer.plain_factors()
+    lora = FactoredLinear(nn.Linear(K, N), factors.Gated(factors.Pair(A, B)), scaling=layer.scaling)
+    lora.weight, lora.bias = layer.weight, layer.bias
+    exact = wide(layer)(x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        measured = error(layer(x), lora(x), exact)
+    assert measured.within_bound, measured
+
+
 def wide(layer):
     """The layer in fp64 and with a dense weight: the oracle, and in the layer's own dtypes what eager PyTorch computes."""
     other = copy.deepcopy(layer)

@@ -3,33 +3,17 @@
 import pytest
 import torch
 from factored_layers import K, N, R, assert_close, assert_computes, factored, fresh, is_base, linear, make_x, trainable
+from quantised_layers import linear4bit
 
 from lora_ops import FactoredLinear, factors
 
 
-def truncated(weight, r):
-    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    return U[:, :r] @ torch.diag(S[:r]) @ Vh[:r]
-
-
-def test_lora_xs_with_the_identity_as_core_is_the_best_approximation():
-    layer = fresh(lambda base: factors.lora_xs(base, R))
-    assert trainable(layer.factors) == {"core": (R, R)}
-    assert 0 < layer.factors.core.abs().max() < 1e-4
-    layer.factors.core.data.copy_(torch.eye(R))
-    assert_close(layer.delta_weight(), truncated(layer.weight, R))
-    layer = factored(lambda base: factors.lora_xs(base, R))
-    pair = layer.factors.pair
-    assert_close(pair.lora_A.detach() @ pair.lora_A.detach().T, torch.eye(R, dtype=torch.float64))
-    assert_computes(layer, pair.lora_B @ layer.factors.core.T @ pair.lora_A)
-
-
-def test_lora_xs_of_a_weight_in_4_bits_decomposes_what_it_multiplies_by():
-    layer = FactoredLinear(base := torch.nn.Linear(64, 48), factors.lora_xs(base, R), quant="nf4")
-    quantised = FactoredLinear(base, factors.lora_xs(base, R), quant="nf4")
-    layer.factors.core.data.copy_(torch.eye(R))
-    assert torch.equal(layer.weight.codes, quantised.weight.codes)
-    torch.testing.assert_close(layer.delta_weight(), truncated(base.weight, R), rtol=1e-4, atol=1e-5)
+def test_a_weight_in_4_bits_is_decomposed_as_it_is_multiplied_by():
+    layer = fresh(factors.sam_parser, linear4bit())
+    weight = layer.weight.dequantize(torch.float32)
+    layer.factors.gate.data.fill_(0.1)
+    U, _, Vh = torch.linalg.svd(weight, full_matrices=False)
+    torch.testing.assert_close(layer.delta_weight(), 0.1 * U @ Vh, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [factors.SVDiff, factors.sam_parser])
@@ -70,7 +54,6 @@ def test_spectral_adapter_is_the_product_that_it_expands():
     assert torch.linalg.matrix_rank(layer.delta_weight()) == 2 * R
 
 
-@pytest.mark.parametrize("make", [factors.lora_xs, factors.SpectralAdapter])
-def test_refuses_a_rank_that_the_weight_does_not_have(make):
+def test_refuses_a_rank_that_the_weight_does_not_have():
     with pytest.raises(ValueError, match=f"r must be at most min\\(N, K\\) = {N}, got 99"):
-        make(linear(), 99)
+        factors.SpectralAdapter(linear(), 99)

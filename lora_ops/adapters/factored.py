@@ -36,7 +36,7 @@ def add_factors(
     Args:
         model: holds nn.Linear, transformers' Conv1D or bitsandbytes' Linear4bit layers.
         make: make(name, layer) is the provider of the layer of that name; the layer still has its weight. For example
-            `lambda name, linear: lora_ops.factors.lora_xs(linear, r=16)`.
+            `lambda name, linear: lora_ops.factors.gated(linear, r=16)`.
         target_modules, exclude_modules: see `LoraConfig`.
         scaling, lora_dropout, adapter_dtype, quant: see `FactoredLinear`.
 

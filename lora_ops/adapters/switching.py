@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from ..nn.adapter import check_adapter_name
+from ..nn.frozen import FrozenWeight
 from .config import LoraConfig
 from .injection import lora_layers, updated_layers
 from .kinds import LoraLayer, check_variants
-from .whole_modules import copies_of, modules_to_save, whole_modules, wrap
+from .whole_modules import ModulesToSaveWrapper, copies_of, modules_to_save, whole_modules, wrap
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -97,7 +98,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     layers = [layer for _, layer in updated_layers(model)]
     if not layers:
         raise ValueError("model has no layer with LoRA; see add_lora")
-    parts = [*layers, *(wrapper for _, wrapper in whole_modules(model))]
+    parts: list[FrozenWeight | ModulesToSaveWrapper] = [*layers, *(wrapper for _, wrapper in whole_modules(model))]
     before = [part.adapters_disabled for part in parts]
     for part in parts:
         part.adapters_disabled = True

@@ -8,11 +8,11 @@ from .bank import VBLora, VectorBank
 from .base import Factors, shape_of, widest
 from .blocks import MELora, QALora
 from .chain import DeepLora
-from .gated import Gated, Pair
 from .own import aflora, asymmetric, flora, gated, ia3, trilora
+from .pair import Gated, Pair
 from .seeded import IntrinsicDimension, Nola, Theta, combination
 from .selected import MixLora
-from .spectral import SpectralAdapter, SVDiff, lora_xs, sam_parser
+from .spectral import SpectralAdapter, SVDiff, sam_parser
 from .tensor_train import LorettaAdp, LorettaRep, TensorTrain
 from .tied import lotr, lotr_pair, tied_lora, tied_pair, vera
 
@@ -40,7 +40,6 @@ __all__ = [
     "flora",
     "gated",
     "ia3",
-    "lora_xs",
     "lotr",
     "lotr_pair",
     "sam_parser",

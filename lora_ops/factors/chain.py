@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..registry import method
 from .base import Factors, check_rank, shape_of
-from .gated import Pair
+from .pair import Pair
 
 
 @method(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..registry import method
 from .base import check_positive, check_rank, shape_of
-from .gated import Gated, Pair
+from .pair import Gated, Pair
 
 
 def new_pair(linear: nn.Module, r: int, *, std: float | None = None, zero_B: bool = False, train_A: bool = True) -> Pair:

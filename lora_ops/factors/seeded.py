@@ -40,7 +40,7 @@ class _Combination(torch.autograd.Function):
         return total.to(coefficients.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
         wide = torch.promote_types(dout.dtype, torch.float32)
         flat = dout.to(wide).flatten()
         blocks = directions(ctx.count, ctx.shape, ctx.seed, wide)
@@ -49,7 +49,7 @@ class _Combination(torch.autograd.Function):
 
 def combination(coefficients: Tensor, shape: tuple[int, ...], seed: int) -> Tensor:
     """Σ_k coefficients_k · direction_k of `directions`. Its memory, forward or backward, does not depend on their number."""
-    return _Combination.apply(coefficients, shape, seed)  # type: ignore[no-any-return]
+    return _Combination.apply(coefficients, shape, seed)
 
 
 def _first_A(r: int, K: int, seed: int) -> Tensor:

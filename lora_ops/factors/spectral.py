@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..registry import method
 from .base import Factors, check_rank, wide_weight
-from .gated import Gated, Pair
+from .pair import Gated, Pair
 
 
 def _svd(linear: nn.Module, r: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -15,20 +15,6 @@ def _svd(linear: nn.Module, r: int | None = None) -> tuple[Tensor, Tensor, Tenso
         check_rank(r, (weight.shape[0], weight.shape[1]))
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     return U[:, :r].contiguous(), S[:r].clone(), Vh[:r].contiguous()
-
-
-@method(
-    "LoRA-XS",
-    equation="ΔW = B coreᵀ A, A = V_rᵀ and B = U_r diag(S_r) frozen, core (r, r) trains",
-    use="FactoredLinear(linear, factors.lora_xs(linear, r=8), scaling=16 / 8)",
-    changes="IP",
-    source="Bałazy et al. 2024, https://arxiv.org/abs/2405.17604; code: MohammadrezaBanaei/LoRA-XS",
-    test="test_factors_spectral.py::test_lora_xs_with_the_identity_as_core_is_the_best_approximation",
-)
-def lora_xs(linear: nn.Module, r: int = 16, *, std: float = 1e-5) -> Gated:
-    """r² numbers a layer train, normal with standard deviation `std` at first. The authors have r 4 to 25 and alpha 16."""
-    U, S, Vh = _svd(linear, r)
-    return Gated(Pair(Vh, U * S, train=()), core=torch.randn(r, r) * std)
 
 
 @method(

@@ -5,7 +5,7 @@ from torch import nn
 
 from ..registry import method
 from .base import check_positive, shape_of
-from .gated import Gated, Pair
+from .pair import Gated, Pair
 
 
 @method(

@@ -23,9 +23,6 @@ class NamedAdapters(FrozenWeight):
     Those in `active_adapters` are added to the layer's output; they alone train. Names and meanings are PEFT's.
     """
 
-    in_features: int
-    out_features: int
-
     def _setup_adapters(self) -> None:
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()

@@ -1,7 +1,7 @@
 """FactoredLinear: a frozen linear layer whose low-rank factors a provider makes."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class FactoredLinear(FrozenWeight):
     Args:
         linear: nn.Linear, transformers' Conv1D, which keeps its (K, N) in the state dict, or bitsandbytes' Linear4bit.
         factors: a provider, see `lora_ops.factors`. Several layers may share one, or parts of one. It is moved to the weight's
-            device and cast, in place, as `adapter_dtype` says.
+            device and cast, in place, as `adapter_dtype` says; autocast is off while it runs.
         scaling: finite.
         lora_dropout: probability in [0, 1) that training hides an element of x from A.
         adapter_dtype: of the provider. None: float32 over a half-precision or 4-bit weight, else the weight's dtype.
@@ -64,14 +64,21 @@ class FactoredLinear(FrozenWeight):
         weight = self.weight
         if self.merged or self.adapters_disabled:
             return frozen_linear(x, weight, self.bias)
-        A, B, gate, core, out_scale = self.factors(x)
-        options = {
+        A, B, gate, core, out_scale = self._factors(x)
+        options: dict[str, Any] = {
             "scaling": self.scaling, "bias": self.bias, "dropout_p": self.lora_dropout, "training": self.training,
             "gate": gate, "core": core, "out_scale": out_scale,
         }  # fmt: skip
         if isinstance(weight, NF4Weight):
             return qlora_linear(x, weight, A, B, **options)
         return lora_linear(x, weight, A, B, **options)
+
+    def _factors(self, x: Tensor) -> "Factors":
+        """Made in the provider's own dtype, whatever autocast would make of its products."""
+        if not torch.is_autocast_enabled(x.device.type):
+            return self.factors(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.factors(x)
 
     @torch.no_grad()
     def fixed_factors(self) -> "Factors":
@@ -81,7 +88,7 @@ class FactoredLinear(FrozenWeight):
             ValueError: it depends on x.
         """
         x = torch.zeros(1, self.in_features, device=self.weight.device, dtype=self.weight.dtype)
-        f: Factors = self.factors(x)
+        f = self._factors(x)
         if f.gate is not None and f.gate.dim() > 1:
             raise ValueError(f"factors must not depend on x to be merged or exported, and {type(self.factors).__name__}'s do")
         wide = torch.promote_types(f.lora_A.dtype, torch.float32)

@@ -12,6 +12,9 @@ from .quantized import applied, loaded, requantise, split_state
 class FrozenWeight(nn.Module):
     """W0 and a bias, frozen and perhaps shared with another layer: never written to, but replaced."""
 
+    in_features: int
+    out_features: int
+    adapters_disabled: bool
     weight: Any  # a parameter, or an NF4Weight
     bias: Tensor | None
     # W0 while it is merged: the very parameter, so that what is tied to it stays tied. Not registered: no state dict has it.

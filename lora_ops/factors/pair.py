@@ -101,7 +101,8 @@ class Gated(nn.Module):
             self.register_parameter(name, None if t is None else nn.Parameter(t, requires_grad=name in train))
 
     def forward(self, x: Tensor) -> Factors:
-        A, B = self.pair.lora_A, self.pair.lora_B
+        A: Tensor = self.pair.lora_A
+        B: Tensor = self.pair.lora_B
         if not self.whole:
             A, B = A[:, : self.K], B[: self.N]
         if self.B_scale is not None:
