@@ -166,6 +166,30 @@ def test_exports_a_plain_adapter(add, tmp_path):
     torch.testing.assert_close(logits(plain.eval()), y, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda linear, shared: factors.vera(linear, shared),
+        lambda linear, shared: factors.MixLora(linear, 4, 2),
+        lambda linear, shared: factors.Nola(linear, 3, bases=8),
+    ],
+    ids=["vera", "mixlora", "nola"],
+)
+def test_compiles_in_one_graph(make):
+    shared = factors.Pair.seeded(16, 16, 3)
+    model = add_factors(
+        nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)), lambda name, linear: make(linear, shared)
+    )
+    randomised(nn.ModuleList(lora_parameters_of(model)), 0.3)
+    compiled, x = torch.compile(model, fullgraph=True, backend="aot_eager"), torch.randn(2, 5, 12)
+    results = []
+    for m in (model, compiled):
+        y = m(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), list(lora_parameters(model)), allow_unused=True)))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)
+
+
 def test_every_fold():
     """Gate, core and B's scale in one provider, of different ranks and scalings by layer."""
     model = Mlp().double()
