@@ -14,8 +14,8 @@ class DenseAdapters(NamedAdapters):
     weight: Tensor
 
     def _setup(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._setup_weight(weight, bias)
         self._setup_adapters()
+        self._setup_weight(weight, bias)
 
     def _new_adapter(self, *args: Any) -> None:
         check_plain(*args[-2:])

@@ -136,8 +136,8 @@ class FusedLoraLinear(NamedAdapters):
 
     def _setup(self, weight: Tensor | NF4Weight, bias: Tensor | None, prepack: bool, *, fan_in_fan_out: bool = False) -> None:
         self.out_features, self.in_features = weight.shape
-        self._setup_weight(weight, bias, fan_in_fan_out=fan_in_fan_out)
         self._setup_adapters()
+        self._setup_weight(weight, bias, fan_in_fan_out=fan_in_fan_out)
         self.prepack = prepack
         self._panels: Tensor | None = None
         self._panels_of: tuple[Any, ...] | None = None
