@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  (before _C: the extension shares torch's OpenMP runtime)
 
-from . import reference
+from . import init, reference
 from ._version import __version__
 from .adapters import (
     Adapter,
@@ -57,6 +57,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "dora_linear",
+    "init",
     "load_adapter",
     "lora_layers",
     "lora_linear",

@@ -9,11 +9,12 @@ from ..dora import dora_linear
 from ..functional import lora_linear, qlora_linear
 from ..ops import pack_weight
 from ..quant import NF4Weight
-from .adapter import NamedAdapters, check_adapter, check_adapter_name, version_of
+from .adapter import check_adapter, check_adapter_name, version_of
+from .own_weights import OwnWeights
 from .quantized import applied, check_quant, frozen_linear, is_linear4bit, loaded, quantised, requantise, split_state
 
 
-class FusedLoraLinear(NamedAdapters):
+class FusedLoraLinear(OwnWeights):
     """Drop-in for `nn.Linear` with a trainable low-rank update: y = x W0ᵀ + scaling · (drop(x) Aᵀ) Bᵀ + bias.
 
     Parameters: `weight` (N, K) and `bias` (N,), frozen; `lora_A[name]` (r, K) and `lora_B[name]` (N, r), trainable, keyed by
@@ -32,7 +33,10 @@ class FusedLoraLinear(NamedAdapters):
         lora_dropout: probability in [0, 1) that training hides an element of x from A.
         bias: whether there is a bias.
         init_lora_weights: True (A uniform in ±1/sqrt(K), B zero: the layer starts as W0), "gaussian" (A normal with
-            standard deviation 1/r, B zero), or False (both as `nn.Linear` initialises: the layer starts away from W0).
+            standard deviation 1/r, B zero), or False (both as `nn.Linear` initialises: the layer starts away from W0); or, by
+            name, an initialisation of `lora_ops.init` that needs no data: "pissa", "pissa_niter_4", "milora", "olora",
+            "orthogonal", "offset", "init_a", "init_b", "loftq", "loftq_iter_5", "qpissa", ... Some give the adapter a weight
+            of its own, such as W0 − scaling · B A: `weight` is that while the adapter is active, and W0, which is kept, else.
         device, dtype: of weight and bias.
         adapter_dtype: of A and B. None: float32 over a half-precision weight, as PEFT does, else the weight's dtype.
         prepack: keep the weight in packed panels too: faster for about 12 to 128 rows, for as much memory again as an
@@ -117,8 +121,8 @@ class FusedLoraLinear(NamedAdapters):
         check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype, use_dora, lora_bias)
         check_adapter_name(adapter_name)
         check_quant(quant, blocksize)
-        weight, bias = _weight_of(linear)
-        weight = quantised(weight, quant, blocksize, double_quant)
+        original, bias = _weight_of(linear)
+        weight = quantised(original, quant, blocksize, double_quant)
         if prepack and isinstance(weight, NF4Weight):
             raise ValueError("prepack must be False for a weight in 4 bits, which lies as the kernels read it, got True")
         module = cls.__new__(cls)
@@ -126,15 +130,16 @@ class FusedLoraLinear(NamedAdapters):
         module._setup(weight, bias, prepack)
         module.fan_in_fan_out = is_conv1d(linear) and isinstance(weight, Tensor)
         module._new_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias
-        )
+            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias,
+            dense_weight=original if isinstance(original, Tensor) else None,
+        )  # fmt: skip
         module.active_adapters = [adapter_name]
         module.train(linear.training)
         return module
 
     weight: Tensor | NF4Weight
     bias: Tensor | None
-    # W0 while it is merged: the very parameter, so that what is tied to it stays tied. Not registered: no state dict has it.
+    # The weight of before while it is merged: the very parameter, so that what is tied to it stays tied. No state dict has it.
     unmerged_weight: Tensor | NF4Weight | None
     # The bias of before, likewise, while a bias of B is merged into it.
     unmerged_bias: Tensor | None
@@ -145,14 +150,14 @@ class FusedLoraLinear(NamedAdapters):
         self.out_features, self.in_features = weight.shape
         self.weight = weight if isinstance(weight, NF4Weight) else weight.requires_grad_(False)
         self.bias = None if bias is None else bias.requires_grad_(False)
+        self._setup_own_weights()
         self._setup_adapters()
         self.prepack = prepack
         self.fan_in_fan_out = False  # whether the state dict holds weight as (K, N), as Conv1D does
         self._panels: Tensor | None = None
         self._panels_of: tuple[Any, ...] | None = None
         self._packed_weight: Tensor | None = None
-        self.unmerged_weight = self.unmerged_bias = None
-        self.merge_error = None
+        self.unmerged_bias = self.merge_error = None
 
     @property
     def merged(self) -> bool:
@@ -210,6 +215,7 @@ class FusedLoraLinear(NamedAdapters):
         for unmerged in (self.unmerged_weight, self.unmerged_bias):
             if isinstance(unmerged, Tensor):
                 unmerged.data = fn(unmerged.data)
+        self._apply_to_aside(fn)
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
@@ -237,7 +243,8 @@ class FusedLoraLinear(NamedAdapters):
             raise RuntimeError("no adapter is active: there is nothing to merge; call set_adapter() first")
         if to not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise TypeError(f"to must be float32, bfloat16, float16, float64 or None, got {to!r}")
-        weight = self.weight
+        owner = self._active_owner()  # its weight is not the layer's while adapters are disabled
+        weight = self._weight_of_owner(owner)
         requantised = isinstance(weight, NF4Weight) and to is None
         wide = torch.promote_types(self.lora_A[self.active_adapter].dtype, torch.float32)
         merged, added = self._with_active(weight.dequantize(wide) if isinstance(weight, NF4Weight) else weight)
@@ -254,6 +261,7 @@ class FusedLoraLinear(NamedAdapters):
             bias = (self.bias + added).to(self.bias.dtype)
             if not torch.isfinite(bias).all():
                 raise ValueError(f"{self._active()} gives a merged bias that is not finite; nothing was changed")
+        self._put_weight_of(owner)
         if isinstance(weight, NF4Weight) and requantised:
             self.weight, self.merge_error = requantise(weight, merged)
         else:
@@ -278,6 +286,7 @@ class FusedLoraLinear(NamedAdapters):
         if self.unmerged_bias is not None:
             self.bias = self.unmerged_bias
         self.unmerged_weight = self.unmerged_bias = self.merge_error = None
+        self._choose_weight()
 
     def extra_repr(self) -> str:
         weight = self.weight
