@@ -304,7 +304,7 @@ def _read_config(path: Path) -> LoraConfig:
     init = fields.get("init_lora_weights", True)
     if init not in (*KEEP_W0, *FOLLOW_FROM_W0):
         raise ValueError(
-            f"{path}: init_lora_weights is {init!r}, which changes the base weights in a way that nobody can repeat; convert it "
+            f"{path}: init_lora_weights is {init!r}, which changes the base weights as nobody can repeat; convert the adapter "
             "(PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
         )
     check_not_tied(fields, path)

@@ -24,6 +24,9 @@ class IncrementalPCA:
         self.r = r
         self.count = 0
         self.components: Tensor | None = None
+        self.singular_values: Tensor
+        self.mean: Tensor  # (K,) of all rows
+        self.squares: Tensor  # Σ of the centred rows' squares
         self.change: Tensor | None = None  # (r,) cosines of the components of before and after the last batch
 
     def update(self, X: Tensor) -> None:

@@ -24,7 +24,7 @@ class DenseAdapters(NamedAdapters):
         self.unmerged_weight = self.unmerged_bias = self.merge_error = None
         self._setup_adapters()
 
-    def _new_adapter(self, *args: Any) -> None:
+    def _new_adapter(self, *args: Any, **initial: Any) -> None:
         *_, init_lora_weights, _, use_dora, lora_bias = args
         check_plain(use_dora, lora_bias, init_lora_weights)
         super()._new_adapter(*args)

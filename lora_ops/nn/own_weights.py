@@ -42,7 +42,7 @@ class OwnWeights(NamedAdapters):
         self.unmerged_weight = None
 
     @property
-    def active_adapters(self) -> list[str]:  # type: ignore[override]
+    def active_adapters(self) -> list[str]:
         """The names of the adapters that are added to the output."""
         return self._active_adapters
 
@@ -52,7 +52,7 @@ class OwnWeights(NamedAdapters):
         self._choose_weight()
 
     @property
-    def adapters_disabled(self) -> bool:  # type: ignore[override]
+    def adapters_disabled(self) -> bool:
         """Whether the layer is the frozen layer alone."""
         return self._adapters_disabled
 
@@ -186,8 +186,11 @@ class OwnWeights(NamedAdapters):
         original = self.original_weight
         if not isinstance(original, NF4Weight) or "quantize" not in inspect.signature(init).parameters:
             return {}
-        format = {"double_quant": original.nested_absmax is not None, "quant_type": original.quant_type}
-        return {"quantize": functools.partial(quantize_nf4, blocksize=original.blocksize, **format)}
+        nested = original.nested_absmax is not None
+        quantize = functools.partial(
+            quantize_nf4, blocksize=original.blocksize, double_quant=nested, quant_type=original.quant_type
+        )
+        return {"quantize": quantize}
 
     @torch.no_grad()
     def convert_to_plain_lora(self, adapter_name: str = "default") -> None:
@@ -197,7 +200,8 @@ class OwnWeights(NamedAdapters):
 
         so that the adapter's file works beside the original weight (PiSSA's conversion: Meng et al. 2024,
         https://arxiv.org/abs/2404.02948). Parameters are new ones: an optimiser must be made anew. Outputs change
-        by x (W0 − weight − scaling · B0 A0)ᵀ, which is rounding unless one of the weights is in 4 bits. An adapter without a weight of its own stays as it is.
+        by x (W0 − weight − scaling · B0 A0)ᵀ, which is rounding unless one of the weights is in 4 bits. An
+        adapter without a weight of its own stays as it is.
 
         Raises:
             ValueError: a name that the layer does not have.
