@@ -138,7 +138,7 @@ def test_the_variance_depends_neither_on_r_nor_on_the_widths() -> None:
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr", "random"])
 def test_directions_and_scales(direction: str) -> None:
     W, G = linear(F64, 1).weight.detach(), linear(F64, 2).weight.detach()
-    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
     wanted = {"ArB2r": ([0, 1], [2, 3]), "A2rBr": ([2, 3], [0, 1]), "ArBr": ([1, 3], [0, 2])}
     initials = {
         scale: lora_ga(W, 2, 3.0, G=G, direction=direction, scale=scale, niter=None, generator=torch.Generator().manual_seed(0))

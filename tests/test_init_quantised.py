@@ -96,8 +96,9 @@ def test_lqer_repairs_what_the_inputs_see() -> None:
     loftq = lora_ops.init.loftq(W, 32, 1.5)
     assert nearness(plain.lora_B @ plain.lora_A, loftq.lora_B @ loftq.lora_A) < 1e-5
     model, bias = nn.Sequential(base), base.bias
-    lora_ops.add_lora(model, lora_ops.LoraConfig(r=32, lora_alpha=48, target_modules=["0"]), quant="nf4")
-    lora_ops.init.initialize(model, "lqer", [x[:200], x[200:]])
+    lora_ops.add_lora(model, lora_ops.LoraConfig(r=32, lora_alpha=48, target_modules=["0"]))
+    lora_ops.init.initialize(model, "lqer", [x[:200], x[200:]], quant="nf4")
+    assert isinstance(model[0].weight, NF4Weight)
     assert nearness(model(x) - bias, x @ W.T) < lost(plain)
 
 
@@ -124,19 +125,22 @@ def test_lq_lora_of_a_model_stays_within_its_bits() -> None:
     model = nn.Sequential(gaussian((64, 64)), nn.Tanh(), gaussian((64, 64)), nn.Tanh(), gaussian((32, 64)))
     nn.init.normal_(model[2].weight, std=2.0)  # what quantising it loses counts
     batches = [torch.randn(40, 64) for _ in range(3)]
-    lora_ops.add_lora(model, lora_ops.LoraConfig(r=4, target_modules=["0", "2", "4"]), quant="nf4")
     elements = 64 * 64 * 2 + 64 * 32
     blocksizes = {}
     for bits in (4.3, 5.0):
-        lora_ops.init.initialize(model, "lq_lora", batches, loss=lambda m, x: m(x).square().mean(), bits=bits, iterations=3)
+        lora_ops.add_lora(model, lora_ops.LoraConfig(r=4, target_modules=["0", "2", "4"]))
+        options = {"loss": lambda m, x: m(x).square().mean(), "quant": "nf4", "iterations": 3}
+        lora_ops.init.initialize(model, "lq_lora", batches, bits=bits, **options)
         layers = [layer for _, layer in lora_ops.lora_layers(model)]
         used = sum(8 * layer.weight.nbytes for layer in layers)
         assert used <= bits * elements
         blocksizes[bits] = [layer.weight.blocksize for layer in layers]
+        lora_ops.remove_lora(model)
     assert blocksizes[5.0] <= blocksizes[4.3]
     assert min(blocksizes[4.3]) < max(blocksizes[4.3])  # not all alike
+    lora_ops.add_lora(model, lora_ops.LoraConfig(r=4, target_modules=["0", "2", "4"]))
     with pytest.raises(ValueError, match="budget must be at least"):
-        lora_ops.init.initialize(model, "lq_lora", bits=3.0)
+        lora_ops.init.initialize(model, "lq_lora", quant="nf4", bits=3.0)
 
 
 def test_bits_are_allocated_as_full_enumeration_does() -> None:
@@ -172,3 +176,15 @@ def test_a_layer_in_4_bits_stays_in_its_format() -> None:
     assert torch.equal(layer(x), y)
     assert isinstance(types.SimpleNamespace(w=layer.half().weight).w, NF4Weight)
     assert layer.original_weight.dtype == torch.float16
+
+
+def test_what_repairs_quantisation_needs_the_weight_of_before() -> None:
+    model = nn.Sequential(linear())
+    lora_ops.add_lora(model, lora_ops.LoraConfig(r=R, target_modules=["0"]), quant="nf4")
+    for init in ("loftq", "qpissa", "lqer", "lq_lora"):
+        with pytest.raises(ValueError, match="the weight that was there before it was quantised"):
+            lora_ops.init.initialize(model, init)
+        with pytest.raises(ValueError, match="the weight that was there before it was quantised"):
+            model[0].add_adapter("second", R, init_lora_weights=init)
+    with pytest.raises(ValueError, match="quant must be None where weights are in 4 bits already, as in 0"):
+        lora_ops.init.initialize(model, "pissa", quant="nf4")

@@ -82,7 +82,7 @@ def qpissa(weight: Tensor, r: int, scaling: float, *, iterations: int = 1, quant
 @method(
     "LQER",
     equation="Q = nf4(W0), s B A = SVD_r((W0 − Q) diag(a)) diag(a)⁻¹, a = mean |x|",
-    use='lora_ops.init.initialize(model, "lqer", batches)',
+    use='lora_ops.init.initialize(model, "lqer", batches, quant="nf4")',
     changes="DQ",
     source="Zhang et al. 2024, https://arxiv.org/abs/2402.02446",
     test="test_init_quantised.py::test_lqer_repairs_what_the_inputs_see",
@@ -120,7 +120,7 @@ def lqer(
 @method(
     "LQ-LoRA",
     equation="in turn: s B A = argmin ‖√F ∘ (W0 − Q − s B A)‖ for F ≈ f_rows f_colsᵀ, Q = nf4(W0 − s B A), while it falls",
-    use='lora_ops.init.initialize(model, "lq_lora", batches, bits=4.2)',
+    use='lora_ops.init.initialize(model, "lq_lora", batches, quant="nf4", bits=4.2)',
     changes="IDQ",
     source="Guo et al. 2023, https://arxiv.org/abs/2311.12023",
     test="test_init_quantised.py::test_lq_lora_is_the_best_for_a_fisher_matrix_of_rank_one",

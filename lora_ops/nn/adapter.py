@@ -100,9 +100,13 @@ class NamedAdapters(nn.Module):
         check_adapter_name(adapter_name)
         if adapter_name in self.lora_A:
             raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}, which {self._names()} has already")
-        self._new_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias
-        )
+        try:
+            self._new_adapter(
+                adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias
+            )
+        except BaseException:
+            self._forget(adapter_name)
+            raise
         for parameters in self.parameter_dicts:
             if adapter_name in parameters:
                 parameters[adapter_name].requires_grad_(False)
@@ -176,9 +180,13 @@ class NamedAdapters(nn.Module):
     def _reset_magnitude(self, adapter_name: str) -> None:
         if adapter_name in self.lora_magnitude_vector:
             A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
-            self.lora_magnitude_vector[adapter_name].copy_(
-                weight_norm(self.base_weight, A, B, self.scaling[adapter_name], row_norms(self.base_weight))
-            )
+            weight = self._weight_beside(adapter_name)
+            norm = weight_norm(weight, A, B, self.scaling[adapter_name], row_norms(weight))
+            self.lora_magnitude_vector[adapter_name].copy_(norm)
+
+    def _weight_beside(self, adapter_name: str) -> Any:
+        """The weight that the adapter is added to."""
+        return self.base_weight
 
     def _new_adapter(
         self,

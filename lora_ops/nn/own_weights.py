@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..quant import NF4Weight, quantize_nf4
 from .adapter import NamedAdapters, check_adapter
-from .quantized import applied, requantise
+from .quantized import applied, check_quant, quantised, requantise
 
 Weight = Tensor | NF4Weight
 
@@ -31,6 +31,8 @@ class OwnWeights(NamedAdapters):
     """
 
     weight: Weight
+    prepack: bool
+    fan_in_fan_out: bool
     unmerged_weight: Weight | None
     starts: dict[str, Start]  # by adapter: those with a weight of their own
 
@@ -65,6 +67,9 @@ class OwnWeights(NamedAdapters):
     def original_weight(self) -> Weight:
         """W0, of the layer without adapters."""
         return self._aside[None] if self._owner is not None else self.base_weight
+
+    def _weight_beside(self, adapter_name: str) -> Weight:
+        return self._weight_of_owner(adapter_name) if adapter_name in self.starts else self.original_weight
 
     def _choose_weight(self) -> None:
         if self.unmerged_weight is None:
@@ -107,7 +112,7 @@ class OwnWeights(NamedAdapters):
         if initial.core is not None:
             raise ValueError("initial must have no core: see lora_ops.FactoredLinear")
         self._check_not_merged("set_initial")
-        own = None if initial.weight is None else self._in_own_format(initial.weight)
+        own = None if initial.weight is None else self.in_own_format(initial.weight)
         A.copy_(initial.lora_A)
         B.copy_(initial.lora_B)
         self._forget_start(adapter_name)
@@ -143,7 +148,8 @@ class OwnWeights(NamedAdapters):
             if adapter_name in parameters:
                 parameters[adapter_name].requires_grad_(trains)
 
-    def _in_own_format(self, weight: Weight) -> Weight:
+    def in_own_format(self, weight: Weight) -> Weight:
+        """A weight dense or in 4 bits, as W0 is."""
         original = self.original_weight
         if isinstance(original, NF4Weight):
             return weight if isinstance(weight, NF4Weight) else requantise(original, weight)[0]
@@ -166,7 +172,7 @@ class OwnWeights(NamedAdapters):
             super().reset_lora_parameters(adapter_name, init_lora_weights)
             return
         check_adapter(self.r[adapter_name], self.lora_alpha[adapter_name], init_lora_weights=init_lora_weights)
-        A, original = self.lora_A[adapter_name], self.original_weight
+        A = self.lora_A[adapter_name]
         if A.is_meta:
             return
         # Not above: lora_ops.init has functions on whole models, which need this file.
@@ -174,23 +180,57 @@ class OwnWeights(NamedAdapters):
 
         init = find(str(init_lora_weights))
         self._check_not_merged(f"init_lora_weights={init_lora_weights!r}")
-        if isinstance(original, NF4Weight):
-            weight = original.dequantize() if dense_weight is None else dense_weight
-        else:
-            weight = original
-        initial = init(weight, self.r[adapter_name], self.scaling[adapter_name], dtype=A.dtype, **self._quantizer(init))
+        if dense_weight is None:
+            dense_weight = self.weight_for(init)
+        initial = init(dense_weight, self.r[adapter_name], self.scaling[adapter_name], dtype=A.dtype, **self._quantizer(init))
         self.set_initial(adapter_name, initial, str(init_lora_weights))
+
+    def weight_for(self, init: Any) -> Tensor:
+        """What an initialisation takes for W0: the weight, dequantised.
+
+        Raises:
+            ValueError: the initialisation repairs what quantising loses, and the weight is in 4 bits already.
+        """
+        original = self.original_weight
+        if not isinstance(original, NF4Weight):
+            return original
+        if quantizes(init):
+            raise ValueError(
+                "init needs the weight that was there before it was quantised: of add_lora(..., quant=...), or of "
+                "lora_ops.init.initialize(..., quant=...) where the layer is not in 4 bits"
+            )
+        return original.dequantize()
 
     def _quantizer(self, init: Any) -> dict[str, Any]:
         """The option of initialisations that quantise: to the layer's own format, where it has one."""
         original = self.original_weight
-        if not isinstance(original, NF4Weight) or "quantize" not in inspect.signature(init).parameters:
+        if not isinstance(original, NF4Weight) or not quantizes(init):
             return {}
         nested = original.nested_absmax is not None
         quantize = functools.partial(
             quantize_nf4, blocksize=original.blocksize, double_quant=nested, quant_type=original.quant_type
         )
         return {"quantize": quantize}
+
+    @torch.no_grad()
+    def quantize_weight(self, quant: str, blocksize: int = 64, double_quant: bool = True) -> None:
+        """Puts W0, and the weights that adapters have of their own, in 4 bits: copies, which nobody else shares.
+
+        Args:
+            quant, blocksize, double_quant: see `FusedLoraLinear.from_linear`.
+
+        Raises:
+            ValueError: an argument that does not fit, a weight that cannot be quantised, or kept panels (`prepack`).
+            RuntimeError: the layer is merged.
+        """
+        check_quant(quant, blocksize)
+        self._check_not_merged("quantize_weight")
+        if self.prepack:
+            raise ValueError("prepack must be False for a weight in 4 bits, which lies as the kernels read it, got True")
+        aside = {name: quantised(weight, quant, blocksize, double_quant) for name, weight in self._aside.items()}
+        weight = quantised(self.weight, quant, blocksize, double_quant)
+        self._parameters.pop("weight", None)
+        self.weight, self._aside, self.fan_in_fan_out = weight, aside, False
 
     @torch.no_grad()
     def convert_to_plain_lora(self, adapter_name: str = "default") -> None:
@@ -255,3 +295,8 @@ class OwnWeights(NamedAdapters):
             else:
                 weight.data = fn(weight.data)
         self.starts = {name: Start(s.init, fn(s.lora_A), fn(s.lora_B)) for name, s in self.starts.items()}
+
+
+def quantizes(init: Any) -> bool:
+    """Whether an initialisation of `lora_ops.init` makes factors of what quantising the weight loses."""
+    return "quantize" in inspect.signature(init).parameters
