@@ -23,15 +23,6 @@ class Initial(NamedTuple):
     core: Tensor | None = None  # (r, r), None: there is none
 
 
-class Factors(NamedTuple):
-    """What an initialisation's own mathematics returns, in the arithmetic's dtype."""
-
-    lora_A: Tensor  # noqa: N815
-    lora_B: Tensor  # noqa: N815
-    weight: Tensor | NF4Weight | None = None
-    core: Tensor | None = None
-
-
 Initialisation = Callable[..., Initial]
 
 NEEDS = ("X", "G", "generator")
@@ -42,7 +33,7 @@ _CALIBRATED = {"lora_xs"}  # and this one, which needs another kind of layer
 
 def initialisation(
     name: str, *, offset: bool = False, calibrated: bool = False
-) -> Callable[[Callable[..., Factors]], Initialisation]:
+) -> Callable[[Callable[..., Initial]], Initialisation]:
     """Registers `fn(weight, r, scaling, ...)`, plain mathematics in fp32 (fp64 for an fp64 weight), as an initialisation:
 
         f(weight, r, scaling, *, X=None, G=None, generator=None, dtype=None, **options) -> Initial
@@ -58,7 +49,7 @@ def initialisation(
         calibrated: it cannot do without data.
     """
 
-    def register(fn: Callable[..., Factors]) -> Initialisation:
+    def register(fn: Callable[..., Initial]) -> Initialisation:
         parameters = inspect.signature(fn).parameters
 
         @functools.wraps(fn)
@@ -132,10 +123,10 @@ def check_init_lora_weights(name: Any) -> None:
     raise ValueError(f'init_lora_weights must be True, False, {names}, "pissa_niter_N" or "loftq_iter_N", got {name!r}{hint}')
 
 
-def split(U: Tensor, S: Tensor, Vh: Tensor, scaling: float) -> Factors:
+def split(U: Tensor, S: Tensor, Vh: Tensor, scaling: float) -> Initial:
     """A = √(S/scaling) Vh, B = U √(S/scaling): scaling · B A = U S Vh."""
     root = (S / scaling).sqrt()
-    return Factors(root[:, None] * Vh, U * root)
+    return Initial(root[:, None] * Vh, U * root)
 
 
 def _check(

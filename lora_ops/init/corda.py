@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..registry import method
-from .base import Factors, check_rank, initialisation, split
+from .base import Initial, check_rank, initialisation, split
 
 
 @method(
@@ -26,7 +26,7 @@ def corda(
     X: Tensor | None = None,
     covariance: Tensor | None = None,
     corda_method: str = "ipm",
-) -> Factors:
+) -> Initial:
     """Components of the weight oriented by its inputs (Yang et al. 2024, https://arxiv.org/abs/2406.05223):
 
         C = Xᵀ X of X / max |X|      W0 C = U S Vᵀ      V̂ᵀ = Vᵀ C⁻¹      A = √(S_r / scaling) V̂_rᵀ      B = U_r √(S_r / scaling)

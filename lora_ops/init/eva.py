@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..registry import method
-from .base import Factors, initialisation
+from .base import Initial, initialisation
 
 
 class IncrementalPCA:
@@ -67,7 +67,7 @@ class IncrementalPCA:
 @initialisation("eva", calibrated=True)
 def eva(
     weight: Tensor, r: int, scaling: float, *, X: Tensor | None = None, pca: IncrementalPCA | None = None, whiten: bool = False
-) -> Factors:
+) -> Initial:
     """A (r, K) = the leading principal directions of the inputs, B = 0 (Paischer et al. 2024,
     https://arxiv.org/abs/2410.07170).
 
@@ -91,7 +91,7 @@ def eva(
     A = pca.components[:r].to(weight)
     if whiten:
         A = A / pca.singular_values[:r, None].to(weight).sqrt()
-    return Factors(A, weight.new_zeros(len(weight), r))
+    return Initial(A, weight.new_zeros(len(weight), r))
 
 
 def redistributed(ratios: Mapping[str, Tensor], budget: int) -> dict[str, int]:

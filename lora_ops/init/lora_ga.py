@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..registry import method
-from .base import Factors, check_rank, initialisation
+from .base import Initial, check_rank, initialisation
 from .low_rank import low_rank
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
@@ -35,7 +35,7 @@ def lora_ga(
     niter: int | None = 4,
     norm_clip: bool = False,
     generator: torch.Generator | None = None,
-) -> Factors:
+) -> Initial:
     """The first step of SGD moves the weight along the best approximation of rank 2r of full fine-tuning's step, in the
     limit of small learning rates (Wang et al. 2024, https://arxiv.org/abs/2407.05000):
 
@@ -73,7 +73,7 @@ def lora_ga(
     if norm_clip:
         ratio = weight.abs().max() / (scaling * (B @ A)).abs().max()
         A, B = (t * ratio.clamp(max=1).sqrt() for t in (A, B))
-    return Factors(A, B)
+    return Initial(A, B)
 
 
 @initialisation("lora_ga_peft", offset=True, calibrated=True)
@@ -88,7 +88,7 @@ def lora_ga_peft(
     stable_gamma: float = 16,
     niter: int | None = 4,
     generator: torch.Generator | None = None,
-) -> Factors:
+) -> Initial:
     """What PEFT 0.21 calls "lora_ga": A = V[:, :r]ᵀ, B = k U[:, r:2r] diag(S[r:2r]), which does not have LoRA-GA's property.
     For runs that shall be PEFT's.
 
@@ -114,7 +114,7 @@ def lora_ga_peft(
         B = B * (low_rank(weight, r, niter=niter, generator=generator)[1][0] / S[of_B][0])
     elif scale == "gd_scale":
         A, B = A / scaling, B / scaling
-    return Factors(A, B)
+    return Initial(A, B)
 
 
 def _leading(G: Tensor, r: int, niter: int | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:

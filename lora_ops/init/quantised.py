@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..quant import NF4Weight, quantize_nf4
 from ..registry import method
-from .base import Factors, check_rank, initialisation, split
+from .base import Initial, check_rank, initialisation, split
 from .low_rank import low_rank
 
 Quantize = Callable[[Tensor], NF4Weight]
@@ -25,7 +25,7 @@ Quantize = Callable[[Tensor], NF4Weight]
     "GPU only. A text calls LoftQ mixed-precision; its code has one precision a run.",
 )
 @initialisation("loftq")
-def loftq(weight: Tensor, r: int, scaling: float, *, loftq_iter: int = 1, quantize: Quantize = quantize_nf4) -> Factors:
+def loftq(weight: Tensor, r: int, scaling: float, *, loftq_iter: int = 1, quantize: Quantize = quantize_nf4) -> Initial:
     """The weight in 4 bits, and factors of what that loses (Li et al. 2023, https://arxiv.org/abs/2310.08659). From A = B = 0:
 
         Q = quantize(W0 − scaling · B A)      A, B = √(S_r / scaling) V_rᵀ, U_r √(S_r / scaling) of W0 − Q = U S Vᵀ
@@ -57,7 +57,7 @@ def loftq(weight: Tensor, r: int, scaling: float, *, loftq_iter: int = 1, quanti
     test="test_init_quantised.py::test_qpissa_loses_less_than_qlora",
 )
 @initialisation("qpissa")
-def qpissa(weight: Tensor, r: int, scaling: float, *, iterations: int = 1, quantize: Quantize = quantize_nf4) -> Factors:
+def qpissa(weight: Tensor, r: int, scaling: float, *, iterations: int = 1, quantize: Quantize = quantize_nf4) -> Initial:
     """PiSSA's factors beside its residual in 4 bits, whose range is smaller than W0's (Meng et al. 2024,
     https://arxiv.org/abs/2404.02948):
 
@@ -96,7 +96,7 @@ def lqer(
     X: Tensor | None = None,
     col_w: Tensor | None = None,
     quantize: Quantize = quantize_nf4,
-) -> Factors:
+) -> Initial:
     """Factors of the quantisation error as the inputs see it, for inference (Zhang et al. 2024,
     https://arxiv.org/abs/2402.02446): Q = quantize(W0), and of the decomposition (W0 − Q) diag(a) = U S Vᵀ,
 
@@ -137,7 +137,7 @@ def lq_lora(
     col_w: Tensor | None = None,
     iterations: int = 100,
     quantize: Quantize = quantize_nf4,
-) -> Factors:
+) -> Initial:
     """LoftQ's alternation weighted by the Fisher matrix F ≈ E[G ∘ G], as far as its rows and columns tell (Guo et al. 2023,
     https://arxiv.org/abs/2311.12023). With row_w = √(mean of F over columns), col_w = √(mean of F over rows):
 

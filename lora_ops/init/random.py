@@ -6,23 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import method
-from .base import Factors, initialisation
+from .base import Initial, initialisation
 
 _SOURCE = "Hayou et al. 2024, https://arxiv.org/abs/2406.08447"
 
 
 @initialisation("default")
-def default(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator | None = None) -> Factors:
+def default(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator | None = None) -> Initial:
     """A uniform in ±1/√K, B = 0 (Hu et al. 2021, https://arxiv.org/abs/2106.09685, and PEFT's True)."""
     A, B = _empty(weight, r)
-    return Factors(nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator), B.zero_())
+    return Initial(nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator), B.zero_())
 
 
 @initialisation("gaussian")
-def gaussian(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator | None = None) -> Factors:
+def gaussian(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator | None = None) -> Initial:
     """A normal with standard deviation 1/r, B = 0 (PEFT's "gaussian")."""
     A, B = _empty(weight, r)
-    return Factors(A.normal_(std=1 / r, generator=generator), B.zero_())
+    return Initial(A.normal_(std=1 / r, generator=generator), B.zero_())
 
 
 @method(
@@ -34,10 +34,10 @@ def gaussian(weight: Tensor, r: int, scaling: float, *, generator: torch.Generat
     test="test_init_random.py::test_one_factor_is_zero_and_the_other_gets_the_first_gradient",
 )
 @initialisation("init_a")
-def init_a(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator | None = None) -> Factors:
+def init_a(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator | None = None) -> Initial:
     """A normal with variance 1/K, B = 0: the first step moves B alone (Hayou et al. 2024, https://arxiv.org/abs/2406.08447)."""
     A, B = _empty(weight, r)
-    return Factors(A.normal_(std=weight.shape[1] ** -0.5, generator=generator), B.zero_())
+    return Initial(A.normal_(std=weight.shape[1] ** -0.5, generator=generator), B.zero_())
 
 
 @method(
@@ -49,10 +49,10 @@ def init_a(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator
     test="test_init_random.py::test_one_factor_is_zero_and_the_other_gets_the_first_gradient",
 )
 @initialisation("init_b")
-def init_b(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator | None = None) -> Factors:
+def init_b(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator | None = None) -> Initial:
     """A = 0, B normal with variance 1/r: the first step moves A alone (Hayou et al. 2024, https://arxiv.org/abs/2406.08447)."""
     A, B = _empty(weight, r)
-    return Factors(A.zero_(), B.normal_(std=r**-0.5, generator=generator))
+    return Initial(A.zero_(), B.normal_(std=r**-0.5, generator=generator))
 
 
 @method(
@@ -64,11 +64,11 @@ def init_b(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator
     test="test_init_random.py::test_an_offset_leaves_the_output_where_it_was",
 )
 @initialisation("offset", offset=True)
-def offset(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator | None = None) -> Factors:
+def offset(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator | None = None) -> Initial:
     """A normal with variance 1/K, B with variance 1/r, and the weight W0 − scaling · B A: the layer starts as W0 and both
     factors move in the first step."""
     A, B = _empty(weight, r)
-    return Factors(A.normal_(std=weight.shape[1] ** -0.5, generator=generator), B.normal_(std=r**-0.5, generator=generator))
+    return Initial(A.normal_(std=weight.shape[1] ** -0.5, generator=generator), B.normal_(std=r**-0.5, generator=generator))
 
 
 @method(
@@ -80,7 +80,7 @@ def offset(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator
     test="test_init_random.py::test_orthogonal_is_peft_s",
 )
 @initialisation("orthogonal")
-def orthogonal(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator | None = None) -> Factors:
+def orthogonal(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator | None = None) -> Initial:
     """Neither factor is zero, and B A is: A = (Z₁ Q₁)ᵀ / 10 (r, K), B = Z₂ᵀ Q₂ / 10 (N, r), where Q₁, Q₂ (r/2, r) are every
     other row of a random orthogonal matrix, Z₁ (K, r/2) and Z₂ (r/2, N) standard normal (PEFT's "orthogonal").
 
@@ -97,7 +97,7 @@ def orthogonal(weight: Tensor, r: int, scaling: float, *, generator: torch.Gener
 
     Q = torch.linalg.qr(normal(r, r)).Q
     A, B = (normal(K, r // 2) @ Q[::2]).T / 10, normal(r // 2, N).T @ Q[1::2] / 10
-    return Factors(A.to(weight), B.to(weight))
+    return Initial(A.to(weight), B.to(weight))
 
 
 def _empty(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:

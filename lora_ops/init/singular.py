@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from ..factors.base import Factors as Provided
+from ..factors.base import Factors
 from ..registry import method
-from .base import Factors, check_rank, initialisation, split
+from .base import Initial, check_rank, initialisation, split
 from .low_rank import low_rank
 
 
@@ -22,7 +22,7 @@ from .low_rank import low_rank
 @initialisation("pissa", offset=True)
 def pissa(
     weight: Tensor, r: int, scaling: float, *, niter: int | None = None, generator: torch.Generator | None = None
-) -> Factors:
+) -> Initial:
     """The r principal components train, the residual is frozen (Meng et al. 2024, https://arxiv.org/abs/2404.02948):
 
         W0 = U S Vᵀ      A = √(S_r / scaling) V_rᵀ      B = U_r √(S_r / scaling)      W0 − scaling · B A = Σ_{k>r} S_k u_k v_kᵀ
@@ -46,7 +46,7 @@ def pissa(
     test="test_init_singular.py::test_milora_leaves_the_principal_part",
 )
 @initialisation("milora", offset=True)
-def milora(weight: Tensor, r: int, scaling: float) -> Factors:
+def milora(weight: Tensor, r: int, scaling: float) -> Initial:
     """The r minor components train, the principal ones are frozen (Wang et al. 2024, https://arxiv.org/abs/2406.09044): PiSSA's
     formulas with the last r singular triplets.
 
@@ -67,7 +67,7 @@ def milora(weight: Tensor, r: int, scaling: float) -> Factors:
     test="test_init_singular.py::test_olora_is_peft_s",
 )
 @initialisation("olora", offset=True)
-def olora(weight: Tensor, r: int, scaling: float) -> Factors:
+def olora(weight: Tensor, r: int, scaling: float) -> Initial:
     """Orthonormal columns of B (Büyükakyüz 2024, https://arxiv.org/abs/2406.01775): W0 = Q R, A the first r rows of R, B the
     first r columns of Q, the weight W0 − scaling · B A.
 
@@ -76,11 +76,11 @@ def olora(weight: Tensor, r: int, scaling: float) -> Factors:
     """
     check_rank(r, weight)
     Q, R = torch.linalg.qr(weight)
-    return Factors(R[:r], Q[:, :r])
+    return Initial(R[:r], Q[:, :r])
 
 
 @initialisation("lora_xs")
-def lora_xs(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator | None = None) -> Factors:
+def lora_xs(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator | None = None) -> Initial:
     """A = S_r V_rᵀ and B = U_r, of W0 = U S Vᵀ, frozen, and a core (r, r) normal with standard deviation 1e-5, which alone
     trains (Bałazy et al. 2024, https://arxiv.org/abs/2405.17604). See `LoraXS`.
 
@@ -89,7 +89,7 @@ def lora_xs(weight: Tensor, r: int, scaling: float, *, generator: torch.Generato
     """
     check_rank(r, weight)
     U, S, Vh = low_rank(weight, r)
-    return Factors(S[:, None] * Vh, U, core=weight.new_empty(r, r).normal_(std=1e-5, generator=generator))
+    return Initial(S[:, None] * Vh, U, core=weight.new_empty(r, r).normal_(std=1e-5, generator=generator))
 
 
 @method(
@@ -122,5 +122,5 @@ class LoraXS(nn.Module):
         assert initial.core is not None
         self.core = nn.Parameter(initial.core)
 
-    def forward(self, x: Tensor) -> Provided:
-        return Provided(self.lora_A, self.lora_B, core=self.core)
+    def forward(self, x: Tensor) -> Factors:
+        return Factors(self.lora_A, self.lora_B, core=self.core)
