@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  (before _C: the extension shares torch's OpenMP runtime)
 
-from . import factors, reference
+from . import factors, init, reference
 from ._version import __version__
 from .adapters import (
     Adapter,
@@ -62,6 +62,7 @@ __all__ = [
     "dora_linear",
     "factors",
     "factors_to_lora",
+    "init",
     "load_adapter",
     "lora_layers",
     "lora_linear",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.frozen import FrozenWeight
+from ..nn.linear import FusedLoraLinear
 from ..quant import NF4Weight
 from .injection import emptied, injected_models, merge_layers, remove_lora, share_hooks, updated_layers
 from .whole_modules import whole_modules
@@ -52,6 +53,8 @@ def merge_and_unload(model: Model, to: torch.dtype | None = None) -> Model:
         merge_layers(layers, {name: to or _dtype_of_original(layer) for name, layer in layers.items()})
     for layer in layers.values():
         layer.unmerged_weight = layer.unmerged_bias = layer.merge_error = None  # what is merged is the weight from now on
+        if isinstance(layer, FusedLoraLinear):
+            layer.forget_original_weight()
         if to is not None and layer.bias is not None and layer.bias.dtype != to:
             layer.bias = nn.Parameter(layer.bias.detach().to(to))
         if _was_linear4bit(layer) and not isinstance(layer.weight, NF4Weight):

@@ -92,7 +92,7 @@ def add_lora(
             lora_alpha=config.alpha_of(name),
             lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
-            init_lora_weights=config.init_lora_weights,
+            init_lora_weights=config.initialisation,
             adapter_dtype=adapter_dtype,
             adapter_name=adapter_name,
             use_dora=config.use_dora,
@@ -168,7 +168,7 @@ def remove_lora(model: Model) -> Model:
                 continue
             if layer.merged:
                 layer.unmerge()
-            original.weight = _weight_for(original, layer.weight)
+            original.weight = _weight_for(original, original_weight(layer))
             if "bias" in original._parameters:
                 original.bias = layer.bias
             original._buffers.update({name: t for name, t in layer._buffers.items() if name in original._buffers})
@@ -292,6 +292,11 @@ def emptied(module: nn.Module) -> nn.Module:
         vars(module).update(params4bit=type(module.weight), quant_state=None)
     module._parameters.update({name: None for name in ("weight", "bias") if name in module._parameters})
     return module
+
+
+def original_weight(layer: FrozenWeight) -> Tensor | NF4Weight:
+    """W0 of a layer that is not merged."""
+    return layer.original_weight if isinstance(layer, FusedLoraLinear) else layer.weight
 
 
 def _weight_for(original: nn.Module, weight: Tensor | NF4Weight) -> nn.Parameter:

@@ -89,9 +89,13 @@ class NamedAdapters(FrozenWeight):
         check_adapter_name(adapter_name)
         if adapter_name in self.lora_A:
             raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}, which {self._names()} has already")
-        self._new_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias
-        )
+        try:
+            self._new_adapter(
+                adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias
+            )
+        except BaseException:
+            self._forget(adapter_name)
+            raise
         for parameters in self.parameter_dicts:
             if adapter_name in parameters:
                 parameters[adapter_name].requires_grad_(False)
@@ -120,11 +124,14 @@ class NamedAdapters(FrozenWeight):
         """
         self._check_names([adapter_name])
         self._check_not_merged("delete_adapter")
+        self._forget(adapter_name)
+
+    def _forget(self, adapter_name: str) -> None:
         for parameters in self.parameter_dicts:
             if adapter_name in parameters:
                 del parameters[adapter_name]
         for of_all in (self.r, self.lora_alpha, self.lora_dropout, self.use_rslora, self.scaling):
-            del of_all[adapter_name]
+            of_all.pop(adapter_name, None)
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
 
     def set_scaling(self, adapter_name: str, lora_alpha: float, use_rslora: bool = False) -> None:
@@ -150,10 +157,18 @@ class NamedAdapters(FrozenWeight):
         if adapter_name in self.lora_B_bias:
             bound = 1 / math.sqrt(self.r[adapter_name]) if init_lora_weights is False else 0.0
             nn.init.uniform_(self.lora_B_bias[adapter_name], -bound, bound)
+        self._reset_magnitude(adapter_name)
+
+    def _reset_magnitude(self, adapter_name: str) -> None:
         if adapter_name in self.lora_magnitude_vector:
-            self.lora_magnitude_vector[adapter_name].copy_(
-                weight_norm(self.base_weight, A, B, self.scaling[adapter_name], row_norms(self.base_weight))
-            )
+            A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
+            weight = self._weight_beside(adapter_name)
+            norm = weight_norm(weight, A, B, self.scaling[adapter_name], row_norms(weight))
+            self.lora_magnitude_vector[adapter_name].copy_(norm)
+
+    def _weight_beside(self, adapter_name: str) -> Any:
+        """The weight that the adapter is added to."""
+        return self.base_weight
 
     def _new_adapter(
         self,
@@ -166,6 +181,7 @@ class NamedAdapters(FrozenWeight):
         adapter_dtype: torch.dtype | None,
         use_dora: bool,
         lora_bias: bool,
+        **initial: Any,
     ) -> None:
         if lora_bias and self.bias is None:
             warnings.warn(f'lora_bias is True for adapter "{name}" of a layer without bias: it cannot be merged', stacklevel=3)
@@ -180,7 +196,7 @@ class NamedAdapters(FrozenWeight):
             self.lora_magnitude_vector[name] = nn.Parameter(m)
         self.r[name], self.lora_dropout[name] = r, lora_dropout
         self.set_scaling(name, lora_alpha, use_rslora)
-        self.reset_lora_parameters(name, init_lora_weights)
+        self.reset_lora_parameters(name, init_lora_weights, **initial)
 
     def _factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of an adapter's A and B.
@@ -338,7 +354,10 @@ def check_adapter(
     if not isinstance(lora_dropout, int | float) or not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout must be a number in [0, 1), got {lora_dropout!r}")
     if init_lora_weights not in (True, False, "gaussian"):
-        raise ValueError(f'init_lora_weights must be True, False or "gaussian", got {init_lora_weights!r}')
+        # Not above: lora_ops.init has functions on whole models, which need this file.
+        from ..init import check_init_lora_weights
+
+        check_init_lora_weights(init_lora_weights)
     if adapter_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"adapter_dtype must be float32, bfloat16, float16, float64 or None, got {adapter_dtype!r}")
     for field, value in (("use_dora", use_dora), ("lora_bias", lora_bias)):

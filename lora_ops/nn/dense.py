@@ -17,8 +17,9 @@ class DenseAdapters(NamedAdapters):
         self._setup_adapters()
         self._setup_weight(weight, bias)
 
-    def _new_adapter(self, *args: Any) -> None:
-        check_plain(*args[-2:])
+    def _new_adapter(self, *args: Any, **initial: Any) -> None:
+        *_, init_lora_weights, _, use_dora, lora_bias = args
+        check_plain(use_dora, lora_bias, init_lora_weights)
         super()._new_adapter(*args)
 
     @property
@@ -50,8 +51,12 @@ class DenseAdapters(NamedAdapters):
         return f"{self._adapters_repr()}{', merged' if self.merged else ''}"
 
 
-def check_plain(use_dora: bool, lora_bias: bool) -> None:
+def check_plain(use_dora: bool, lora_bias: bool, init_lora_weights: bool | str = True) -> None:
     """Raises ValueError for what embeddings and convolutions cannot have."""
+    if init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f'init_lora_weights must be True, False or "gaussian" for an embedding or a convolution, got {init_lora_weights!r}'
+        )
     for field, value in (("use_dora", use_dora), ("lora_bias", lora_bias)):
         if value:
             raise ValueError(f"{field} must be False for an embedding or a convolution, got True")

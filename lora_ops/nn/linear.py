@@ -9,12 +9,13 @@ from ..dora import dora_linear
 from ..functional import lora_linear, qlora_linear
 from ..ops import pack_weight
 from ..quant import NF4Weight
-from .adapter import NamedAdapters, check_adapter, check_adapter_name, version_of
+from .adapter import check_adapter, check_adapter_name, version_of
 from .frozen import FrozenWeight
+from .own_weights import OwnWeights
 from .quantized import check_quant, frozen_linear, is_linear4bit, quantised
 
 
-class FusedLoraLinear(NamedAdapters):
+class FusedLoraLinear(OwnWeights):
     """Drop-in for `nn.Linear` with a trainable low-rank update: y = x W0ᵀ + scaling · (drop(x) Aᵀ) Bᵀ + bias.
 
     Parameters: `weight` (N, K) and `bias` (N,), frozen; `lora_A[name]` (r, K) and `lora_B[name]` (N, r), trainable, keyed by
@@ -33,7 +34,10 @@ class FusedLoraLinear(NamedAdapters):
         lora_dropout: probability in [0, 1) that training hides an element of x from A.
         bias: whether there is a bias.
         init_lora_weights: True (A uniform in ±1/sqrt(K), B zero: the layer starts as W0), "gaussian" (A normal with
-            standard deviation 1/r, B zero), or False (both as `nn.Linear` initialises: the layer starts away from W0).
+            standard deviation 1/r, B zero), or False (both as `nn.Linear` initialises: the layer starts away from W0); or, by
+            name, an initialisation of `lora_ops.init` that needs no data: "pissa", "pissa_niter_4", "milora", "olora",
+            "orthogonal", "offset", "init_a", "init_b", "loftq", "loftq_iter_5", "qpissa", ... Some give the adapter a weight
+            of its own, such as W0 − scaling · B A: `weight` is that while the adapter is active, and W0, which is kept, else.
         device, dtype: of weight and bias.
         adapter_dtype: of A and B. None: float32 over a half-precision weight, as PEFT does, else the weight's dtype.
         prepack: keep the weight in packed panels too: faster for about 12 to 128 rows, for as much memory again as an
@@ -118,16 +122,17 @@ class FusedLoraLinear(NamedAdapters):
         check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype, use_dora, lora_bias)
         check_adapter_name(adapter_name)
         check_quant(quant, blocksize)
-        weight, bias = weight_of(linear)
-        weight = quantised(weight, quant, blocksize, double_quant)
+        original, bias = weight_of(linear)
+        weight = quantised(original, quant, blocksize, double_quant)
         if prepack and isinstance(weight, NF4Weight):
             raise ValueError("prepack must be False for a weight in 4 bits, which lies as the kernels read it, got True")
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module._setup(weight, bias, prepack, fan_in_fan_out=is_conv1d(linear) and isinstance(weight, Tensor))
         module._new_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias
-        )
+            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias,
+            dense_weight=original if isinstance(original, Tensor) else None,
+        )  # fmt: skip
         module.active_adapters = [adapter_name]
         module.train(linear.training)
         return module
@@ -136,6 +141,7 @@ class FusedLoraLinear(NamedAdapters):
 
     def _setup(self, weight: Tensor | NF4Weight, bias: Tensor | None, prepack: bool, *, fan_in_fan_out: bool = False) -> None:
         self.out_features, self.in_features = weight.shape
+        self._setup_own_weights()
         self._setup_adapters()
         self._setup_weight(weight, bias, fan_in_fan_out=fan_in_fan_out)
         self.prepack = prepack
