@@ -2,18 +2,20 @@
 
 import torch  # noqa: F401  (before _C: the extension shares torch's OpenMP runtime)
 
-from . import reference
+from . import factors, init, reference
 from ._version import __version__
 from .adapters import (
     Adapter,
     LoraConfig,
     ModulesToSaveWrapper,
     add_adapter,
+    add_factors,
     add_lora,
     add_weighted_adapter,
     combine,
     delete_adapter,
     disable_adapter,
+    factors_to_lora,
     load_adapter,
     lora_layers,
     lora_parameters,
@@ -50,6 +52,7 @@ __all__ = [
     "NF4Weight",
     "__version__",
     "add_adapter",
+    "add_factors",
     "add_lora",
     "add_weighted_adapter",
     "build_info",
@@ -57,6 +60,9 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "dora_linear",
+    "factors",
+    "factors_to_lora",
+    "init",
     "load_adapter",
     "lora_layers",
     "lora_linear",

@@ -270,7 +270,7 @@ DAMAGED = {
     "scaling is not finite": (config_with(lora_alpha=float("nan")), ValueError, "lora_alpha"),
     "a later feature": (config_with(use_something_new=True), ValueError, "use_something_new"),
     "experts": (config_with(target_parameters=["w"]), ValueError, "target_parameters"),
-    "base weights changed": (config_with(init_lora_weights="pissa"), ValueError, "init_lora_weights"),
+    "base weights changed": (config_with(init_lora_weights="pissa_niter_4"), ValueError, "init_lora_weights"),
     "fewer targets": (config_with(target_modules=["up"]), ValueError, r"has .*0\.down\.lora_A\.weight"),
     "more targets": (config_with(target_modules=["up", "down", "gate"]), ValueError, r"lacks .*0\.gate\.lora_A\.weight"),
     "a tensor is missing": (without(KEY), ValueError, f"lacks {KEY}"),

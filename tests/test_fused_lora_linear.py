@@ -254,7 +254,7 @@ BAD_ARGUMENTS = [
     (
         {"init_lora_weights": "xavier"},
         ValueError,
-        "init_lora_weights must be True, False or \"gaussian\", got 'xavier'",
+        '"pissa_niter_N" or "loftq_iter_N", got \'xavier\'',
     ),
     ({"adapter_dtype": torch.int8}, TypeError, "adapter_dtype must be float32, bfloat16, float16, float64 or None"),
 ]

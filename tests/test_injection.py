@@ -189,7 +189,7 @@ BAD_FIELDS = [
     ({"lora_dropout": 1.0}, ValueError, "lora_dropout must be a number in [0, 1), got 1.0"),
     ({"bias": "lora"}, ValueError, 'bias must be "none", "all" or "lora_only", got \'lora\''),
     ({"use_rslora": "yes"}, TypeError, "use_rslora must be True or False, got 'yes'"),
-    ({"init_lora_weights": "pizza"}, ValueError, "init_lora_weights must be True, False or \"gaussian\", got 'pizza'"),
+    ({"init_lora_weights": "pizza"}, ValueError, '"pissa_niter_N" or "loftq_iter_N", got \'pizza\''),
     (
         {"target_modules": 3},
         TypeError,

@@ -3,6 +3,7 @@
 from .combine import Adapter, add_weighted_adapter, combine
 from .config import LoraConfig
 from .export import merge_and_unload
+from .factored import add_factors, factors_to_lora
 from .files import load_adapter, save_adapter
 from .injection import Injection, add_lora, lora_layers, lora_parameters, merge_lora, remove_lora, unmerge_lora
 from .switching import add_adapter, delete_adapter, disable_adapter, set_adapter
@@ -14,11 +15,13 @@ __all__ = [
     "LoraConfig",
     "ModulesToSaveWrapper",
     "add_adapter",
+    "add_factors",
     "add_lora",
     "add_weighted_adapter",
     "combine",
     "delete_adapter",
     "disable_adapter",
+    "factors_to_lora",
     "load_adapter",
     "lora_layers",
     "lora_parameters",

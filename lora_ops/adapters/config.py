@@ -24,7 +24,9 @@ class LoraConfig:
         bias: which of the model's biases train: "none", "all", or "lora_only" (those of the layers with an adapter).
         use_rslora: rank-stabilised scaling (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
         exclude_modules: layers that get none although `target_modules` names them: a list or a regular expression.
-        init_lora_weights: True, False or "gaussian", see `FusedLoraLinear`.
+        init_lora_weights: True, False, "gaussian", or, for linear layers, one of `lora_ops.init` that needs no data, see
+            `FusedLoraLinear`. Those that do: `lora_ops.init.initialize`.
+        loftq_config: of "loftq": {"loftq_iter": T}, T = 1 without it; "loftq_bits" may be 4.
         rank_pattern, alpha_pattern: {regular expression: r or lora_alpha} for layers that differ. An expression must
             match a whole module name or its end after a dot; the first that matches counts.
         modules_to_save: modules that get no adapter but are trained as a whole, as copies that belong to the adapter: a list
@@ -54,6 +56,7 @@ class LoraConfig:
     layers_pattern: list[str] | str | None = None
     use_dora: bool = False
     lora_bias: bool = False
+    loftq_config: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_adapter(
@@ -64,6 +67,7 @@ class LoraConfig:
             use_dora=self.use_dora,
             lora_bias=self.lora_bias,
         )
+        _check_loftq(self.loftq_config, self.init_lora_weights)
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f'bias must be "none", "all" or "lora_only", got {self.bias!r}')
         if not isinstance(self.use_rslora, bool):
@@ -83,6 +87,12 @@ class LoraConfig:
                     raise ValueError(f"{name}[{key!r}]: {error}") from None
         _check_modules_to_save(self.modules_to_save)
         _check_layers(self.layers_to_transform, self.layers_pattern, self.target_modules)
+
+    @property
+    def initialisation(self) -> bool | str:
+        """`init_lora_weights`, "loftq" with its number of iterations."""
+        iterations = self.loftq_config.get("loftq_iter", 1)
+        return f"loftq_iter_{iterations}" if self.init_lora_weights == "loftq" and iterations > 1 else self.init_lora_weights
 
     def rank_of(self, module_name: str) -> int:
         """r of the layer of that name."""
@@ -139,6 +149,17 @@ def _check_targets(name: str, targets: Targets) -> None:
             raise TypeError(f"{name} must be a list of module names, a regular expression or None, got {targets!r}")
         if name == "target_modules" and not targets:
             raise ValueError("target_modules is empty: no layer would get an adapter")
+
+
+def _check_loftq(config: dict[str, int], init_lora_weights: bool | str) -> None:
+    if not isinstance(config, Mapping):
+        raise TypeError(f"loftq_config must be a dict, got {config!r}")
+    if config and init_lora_weights != "loftq":
+        raise ValueError(f'loftq_config must be empty without init_lora_weights="loftq", got {config!r}')
+    for key, value in config.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (key == "loftq_iter" and whole and value >= 1) and not (key == "loftq_bits" and value == 4):
+            raise ValueError(f'loftq_config must have "loftq_iter" >= 1 and "loftq_bits" = 4 alone, got {key!r}: {value!r}')
 
 
 def _check_modules_to_save(names: list[str] | None) -> None:

@@ -6,17 +6,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..nn.frozen import FrozenWeight
+from ..nn.linear import FusedLoraLinear
 from ..quant import NF4Weight
-from .injection import emptied, injected_models, lora_layers, merge_layers, remove_lora, share_hooks
-from .kinds import LoraLayer
+from .injection import emptied, injected_models, merge_layers, remove_lora, share_hooks, updated_layers
 from .whole_modules import whole_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def merge_and_unload(model: Model, to: torch.dtype | None = None) -> Model:
-    """Undoes `add_lora`, in place, but for what was learnt: the original modules are back with W0 + ΔW of all active adapters,
-    rounded once (with DoRA and biases of B, what `FusedLoraLinear.merge` says), and with their names in the state dict.
+    """Undoes `add_lora` or `add_factors`, in place, but for what was learnt: the original modules are back with W0 + ΔW of all
+    active adapters, rounded once (with DoRA, biases of B and output scales, what `FusedLoraLinear.merge` says), and with their
+    names in the state dict.
 
     A weight that `add_lora` quantised becomes a dense one in its dtype: the 4-bit values that the adapter was trained beside,
     plus ΔW, not quantised again. bitsandbytes' Linear4bit is one again, quantised again as `FusedLoraLinear.merge` says, or an
@@ -43,7 +45,7 @@ def merge_and_unload(model: Model, to: torch.dtype | None = None) -> Model:
     """
     owners = injected_models(model)
     owned = {part for owner in owners for part in owner.modules()}
-    layers = {name: layer for name, layer in lora_layers(model) if layer in owned and "original" in vars(layer)}
+    layers = {name: layer for name, layer in updated_layers(model) if layer in owned and "original" in vars(layer)}
     merged = [layer.merged for layer in layers.values()]
     if any(merged) and (to is not None or not all(merged)):
         raise RuntimeError(f"{sum(merged)} of {len(layers)} layers are merged already; call unmerge_lora() first")
@@ -51,6 +53,8 @@ def merge_and_unload(model: Model, to: torch.dtype | None = None) -> Model:
         merge_layers(layers, {name: to or _dtype_of_original(layer) for name, layer in layers.items()})
     for layer in layers.values():
         layer.unmerged_weight = layer.unmerged_bias = layer.merge_error = None  # what is merged is the weight from now on
+        if isinstance(layer, FusedLoraLinear):
+            layer.forget_original_weight()
         if to is not None and layer.bias is not None and layer.bias.dtype != to:
             layer.bias = nn.Parameter(layer.bias.detach().to(to))
         if _was_linear4bit(layer) and not isinstance(layer.weight, NF4Weight):
@@ -78,17 +82,17 @@ def _untie(model: nn.Module) -> None:
         )
 
 
-def _was_linear4bit(layer: LoraLayer) -> bool:
+def _was_linear4bit(layer: FrozenWeight) -> bool:
     return "params4bit" in vars(vars(layer)["original"])
 
 
-def _dtype_of_original(layer: LoraLayer) -> torch.dtype | None:
+def _dtype_of_original(layer: FrozenWeight) -> torch.dtype | None:
     """Of the weight that `add_lora` quantised; None: the format stays."""
     quantised = isinstance(layer.weight, NF4Weight) and not _was_linear4bit(layer)
     return layer.weight.dtype if quantised else None
 
 
-def _dense_shell(layer: LoraLayer) -> nn.Module:
+def _dense_shell(layer: FrozenWeight) -> nn.Module:
     """An nn.Linear in the place of bitsandbytes' Linear4bit, as yet without its weight."""
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     share_hooks(vars(layer)["original"], linear)

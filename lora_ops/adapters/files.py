@@ -27,6 +27,7 @@ from .config import LoraConfig, is_all_linear
 from .embeddings import base_embeddings, check_not_tied, embeddings_to_save
 from .injection import Injection, add_lora, lora_layers
 from .kinds import LoraLayer, check_variants, factor_names, factor_shapes
+from .starts import FOLLOW_FROM_W0, KEEP_W0, Plain, initialisation_in_file, start_of
 from .switching import add_adapter
 from .targets import targeted_modules
 from .whole_modules import ModulesToSaveWrapper, modules_to_save, whole_modules
@@ -46,15 +47,15 @@ _UNUSED: dict[str, Any] = {
 # What says nothing of the forward of a finished adapter.
 _NOTES: dict[str, Any] = {
     "auto_mapping": None, "base_model_name_or_path": None, "corda_config": None, "ensure_weight_tying": False,
-    "eva_config": None, "fan_in_fan_out": False, "inference_mode": True, "loftq_config": {}, "lora_ga_config": None,
+    "eva_config": None, "fan_in_fan_out": False, "inference_mode": True, "lora_ga_config": None,
     "megatron_core": "megatron.core", "peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16,
     "revision": None, "task_type": None,
 }  # fmt: skip
 _OURS = (
     "r", "target_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora", "exclude_modules", "init_lora_weights",
     "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layers_pattern", "use_dora", "lora_bias",
+    "loftq_config",
 )  # fmt: skip
-_KEPT_BASE = (True, False, "gaussian", "eva", "orthogonal")  # initialisations that leave W0 as it is
 
 
 def save_adapter(
@@ -65,6 +66,10 @@ def save_adapter(
     save_embedding_layers: bool | str = "auto",
 ) -> Path:
     """Writes an adapter of the model as PEFT's `save_pretrained` does; `PeftModel.from_pretrained` reads it.
+
+    An adapter with a weight of its own is saved as PEFT would if that weight follows from W0 ("pissa", "olora", "loftq"): who
+    reads it initialises first. Otherwise ("pissa_niter_4", "milora", "lora_ga", ...) nobody could, and the file has the plain
+    adapter beside W0, of rank 2r, that `FusedLoraLinear.convert_to_plain_lora` makes; the model keeps its own.
 
     Dtypes are kept. Both files are written beside the old ones and take their names at the end: what goes wrong before leaves
     the directory as it was.
@@ -89,9 +94,12 @@ def save_adapter(
     layers = {name: layer for name, layer in lora_layers(model) if adapter_name in layer.lora_A}
     if not layers:
         raise ValueError(f"adapter_name must be an adapter of the model's LoRA layers, got {adapter_name!r}")
-    config = _NOTES | _UNUSED | _configuration(model, layers, adapter_name)
+    init, plain = initialisation_in_file(layers, adapter_name, _injected_config(model).init_lora_weights)
+    config = _NOTES | _UNUSED | _configuration(model, layers, adapter_name, plain) | init
     config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     tensors: dict[str, Tensor] = {**_parameters(layers, adapter_name)}
+    for name, (lora_A, lora_B, _, _) in plain.items():
+        tensors |= dict(zip((f"{name}.{factor}" for factor in factor_names(layers[name])), (lora_A, lora_B), strict=True))
     tensors |= _beside_factors(model, layers, config["bias"], _whole(model, adapter_name), adapter_name)
     targets = _injected_config(model).target_modules
     tensors |= embeddings_to_save(model, layers, targets, save_embedding_layers)
@@ -140,8 +148,12 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
     for name, layer in layers.items():
         if adapter_name not in layer.lora_A:
             continue
-        for field, asked in (("r", config.rank_of(name)), ("use_dora", config.use_dora), ("lora_bias", config.lora_bias)):
-            found = getattr(layer, field)[adapter_name]
+        start = start_of(layer, adapter_name)
+        wanted = config.initialisation if config.init_lora_weights in FOLLOW_FROM_W0 else None
+        fields = [(field, getattr(layer, field)[adapter_name]) for field in ("r", "use_dora", "lora_bias")]
+        asked_of = {"r": config.rank_of(name), "use_dora": config.use_dora, "lora_bias": config.lora_bias}
+        for field, found in [*fields, ("init_lora_weights", start)]:
+            asked = asked_of.get(field, wanted)
             if found != asked:
                 raise ValueError(
                     f'{name} has an adapter "{adapter_name}" with {field}={found}, and {folder / CONFIG} says {asked}: '
@@ -173,7 +185,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
     return model
 
 
-def _configuration(model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, Any]:
+def _configuration(model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str, plain: Plain) -> dict[str, Any]:
     """What the layers are, as a configuration: the most common rank and lora_alpha, and a pattern for each other."""
     found = {}
     for field in ("lora_dropout", "use_rslora", "use_dora", "lora_bias"):
@@ -181,8 +193,9 @@ def _configuration(model: nn.Module, layers: Mapping[str, LoraLayer], adapter_na
         if len(values) > 1:
             raise ValueError(f'{field} must be the same in all layers of adapter "{adapter_name}", got {sorted(values)}')
         (found[field],) = values
-    for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+    for i, field, pattern in ((2, "r", "rank_pattern"), (3, "lora_alpha", "alpha_pattern")):
         of_layers = {name: getattr(layer, field)[adapter_name] for name, layer in layers.items()}
+        of_layers |= {name: of_plain[i] for name, of_plain in plain.items()}
         common = Counter(of_layers.values()).most_common(1)[0][0]
         found[field] = common
         found[pattern] = {re.escape(name): value for name, value in of_layers.items() if value != common}
@@ -191,13 +204,13 @@ def _configuration(model: nn.Module, layers: Mapping[str, LoraLayer], adapter_na
     targets = config.target_modules
     short = not (targets is None or is_all_linear(targets) or config.exclude_modules)
     short = short and config.layers_to_transform is None and same == bool(config.modules_to_save)
+    short = short and len(layers) == len(dict(lora_layers(model)))
     return found | {
         "target_modules": targets if short and isinstance(targets, str) else sorted(targets if short and targets else layers),
         "exclude_modules": None,
         "modules_to_save": (list(config.modules_to_save or ()) if same else whole) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "init_lora_weights": config.init_lora_weights,
         "bias": config.bias,
     }
 
@@ -289,14 +302,16 @@ def _read_config(path: Path) -> LoraConfig:
     if not fields.get("target_modules"):
         raise ValueError(f"{path}: target_modules must name modules, got {fields.get('target_modules')!r}")
     init = fields.get("init_lora_weights", True)
-    if init not in _KEPT_BASE:
+    if init not in (*KEEP_W0, *FOLLOW_FROM_W0):
         raise ValueError(
-            f"{path}: init_lora_weights is {init!r}, which changes the base weights; convert the adapter "
+            f"{path}: init_lora_weights is {init!r}, which changes the base weights as nobody can repeat; convert the adapter "
             "(PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
         )
     check_not_tied(fields, path)
     chosen = {field: fields[field] for field in _OURS if field in fields}
-    chosen["init_lora_weights"] = init if init in (True, False, "gaussian") else True
+    chosen["init_lora_weights"] = init if init in (True, False, "gaussian", *FOLLOW_FROM_W0) else True
+    if init != "loftq":
+        chosen.pop("loftq_config", None)
     try:
         return LoraConfig(**chosen)
     except (ValueError, TypeError) as error:

@@ -1,7 +1,7 @@
 """LoRA in a whole model: layers are replaced in place and put back."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.adapter import check_adapter_name
+from ..nn.factored import FactoredLinear
+from ..nn.frozen import FrozenWeight
 from ..nn.linear import FusedLoraLinear, is_conv1d
 from ..nn.quantized import check_quant, is_linear4bit
 from ..quant import NF4Weight
@@ -75,17 +77,44 @@ def add_lora(
             argument is of the wrong type.
         In each case the model is as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config must be a lora_ops.LoraConfig, got {type(config).__module__}.{type(config).__name__}")
     config = dataclasses.replace(config)  # checked anew: its fields may have been assigned to
     check_adapter_name(adapter_name)
     check_quant(quant, blocksize)
+    of_linear = {"prepack": prepack, "quant": quant, "blocksize": blocksize, "double_quant": double_quant}
+
+    def layer_for(name: str, module: nn.Module) -> LoraLayer:
+        make = from_layer(module)
+        return make(
+            module,
+            config.rank_of(name),
+            lora_alpha=config.alpha_of(name),
+            lora_dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            init_lora_weights=config.initialisation,
+            adapter_dtype=adapter_dtype,
+            adapter_name=adapter_name,
+            use_dora=config.use_dora,
+            lora_bias=config.lora_bias,
+            **(of_linear if make == FusedLoraLinear.from_linear else {}),
+        )
+
+    inject(model, config, adapter_name, layer_for)
+    return model
+
+
+def inject(
+    model: nn.Module, config: LoraConfig, adapter_name: str, layer_for: Callable[[str, nn.Module], FrozenWeight]
+) -> list[FrozenWeight]:
+    """Replaces each module that the configuration targets by `layer_for(its name, it)`, and freezes all but what those train:
+    what `add_lora` and `add_factors` have in common. The layers come in the order of the model's modules."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.Linear) or is_conv1d(model):
         raise TypeError(
             f"model is itself a {type(model).__name__}, which cannot be replaced in place: "
-            "use FusedLoraLinear.from_linear(model)"
+            "use FusedLoraLinear.from_linear(model) or FactoredLinear(model, ...)"
         )
     _check_no_adapter(model)
     targets = targeted_modules(model, config)
@@ -94,30 +123,16 @@ def add_lora(
     warn_of_tied_weights(model, [*targets, *whole])
 
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    layers: dict[nn.Module, FrozenWeight] = {}
     try:
-        layers: dict[nn.Module, LoraLayer] = {}
-        of_linear = {"prepack": prepack, "quant": quant, "blocksize": blocksize, "double_quant": double_quant}
         for module, name in targets.items():
-            make = from_layer(module)
             try:
-                layers[module] = make(
-                    module,
-                    config.rank_of(name),
-                    lora_alpha=config.alpha_of(name),
-                    lora_dropout=config.lora_dropout,
-                    use_rslora=config.use_rslora,
-                    init_lora_weights=config.init_lora_weights,
-                    adapter_dtype=adapter_dtype,
-                    adapter_name=adapter_name,
-                    use_dora=config.use_dora,
-                    lora_bias=config.lora_bias,
-                    **(of_linear if make == FusedLoraLinear.from_linear else {}),
-                )
+                layers[module] = layer_for(name, module)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{name}: {error}; the model was left untouched") from error
         copies = copies_of(whole)
     except BaseException:
-        _set_requires_grad(model, requires_grad)  # from_linear freezes
+        _set_requires_grad(model, requires_grad)  # a layer freezes what it shares
         raise
 
     model.requires_grad_(False)
@@ -130,30 +145,30 @@ def add_lora(
     for _, wrapper in whole_modules(model):
         wrapper.set_adapter([adapter_name])
     model.lora_injection = Injection(adapter_name, config, requires_grad)  # type: ignore[assignment]
-    return model
+    return list(layers.values())
 
 
 def remove_lora(model: Model) -> Model:
-    """Undoes `add_lora`: puts the original modules back, unmerged, with the `requires_grad` flags that they had.
+    """Undoes `add_lora` or `add_factors`: puts the original modules back, unmerged, with the `requires_grad` flags of before.
 
     Biases that were trained (`LoraConfig.bias`) keep their values; copies of whole modules (`modules_to_save`) go. A layer
-    that `add_lora` quantised comes back as what it was, nn.Linear or Conv1D, with the dequantised weight: the one before is
+    that was quantised on the way comes back as what it was, nn.Linear or Conv1D, with the dequantised weight: the one before is
     gone. A Linear4bit has its codes again.
 
     Raises:
-        ValueError: neither `model` nor a part of it is a model that `add_lora` was called with.
+        ValueError: neither `model` nor a part of it is a model that `add_lora` or `add_factors` was called with.
     """
     for owner in reversed(
         injected_models(model)
     ):  # inner ones first: what the outermost one remembers of the flags is the oldest
         originals: dict[nn.Module, nn.Module] = {}
-        for _, layer in lora_layers(owner):
+        for _, layer in updated_layers(owner):
             original = vars(layer).get("original")
-            if original is None:  # a FusedLoraLinear that the user placed
+            if original is None:  # a layer that the user placed
                 continue
             if layer.merged:
                 layer.unmerge()
-            original.weight = _weight_for(original, layer.weight)
+            original.weight = _weight_for(original, original_weight(layer))
             if "bias" in original._parameters:
                 original.bias = layer.bias
             original._buffers.update({name: t for name, t in layer._buffers.items() if name in original._buffers})
@@ -182,15 +197,22 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer))
 
 
+def updated_layers(model: nn.Module) -> Iterator[tuple[str, FrozenWeight]]:
+    """`lora_layers`, and the `FactoredLinear`s likewise."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, FrozenWeight))
+
+
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The trainable parameters of the model's adapters: every A and B, biases of B and DoRA's magnitudes, and the modules that
-    are trained as a whole (`modules_to_save`), each once. The layers' own biases (`LoraConfig.bias`) are not among them.
+    """The trainable parameters of the model's adapters: every A and B, biases of B and DoRA's magnitudes, those of factor
+    providers, and the modules that are trained as a whole (`modules_to_save`), each once. The layers' own biases
+    (`LoraConfig.bias`) are not among them.
 
     Raises:
         ValueError: there are none.
     """
     layers = [layer for _, layer in lora_layers(model)]
     parameters = [p for layer in layers for of_adapters in layer.parameter_dicts for p in of_adapters.values()]
+    parameters += [p for m in model.modules() if isinstance(m, FactoredLinear) for p in m.factors.parameters()]
     parameters += [p for _, wrapper in whole_modules(model) for p in wrapper.parameters()]
     trainable = [p for p in dict.fromkeys(parameters) if p.requires_grad]
     if not trainable:
@@ -224,9 +246,9 @@ def unmerge_lora(model: Model) -> Model:
     return model
 
 
-def merge_layers(layers: Mapping[str, LoraLayer], to: Mapping[str, torch.dtype | None]) -> None:
+def merge_layers(layers: Mapping[str, FrozenWeight], to: Mapping[str, torch.dtype | None]) -> None:
     """Merges these layers, each to its dtype, or none if one fails."""
-    done: list[LoraLayer] = []
+    done: list[FrozenWeight] = []
     for name, layer in layers.items():
         try:
             layer.merge(to[name])
@@ -239,8 +261,8 @@ def merge_layers(layers: Mapping[str, LoraLayer], to: Mapping[str, torch.dtype |
         done.append(layer)
 
 
-def _layers_to_change(model: nn.Module, *, merged: bool) -> dict[str, LoraLayer]:
-    layers = dict(lora_layers(model))
+def _layers_to_change(model: nn.Module, *, merged: bool) -> dict[str, FrozenWeight]:
+    layers = dict(updated_layers(model))
     if not layers:
         raise ValueError("model has no layer with LoRA; see add_lora")
     wrong = [name for name, layer in layers.items() if layer.merged != merged]
@@ -252,7 +274,7 @@ def _layers_to_change(model: nn.Module, *, merged: bool) -> dict[str, LoraLayer]
 
 def _check_no_adapter(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, FrozenWeight):
             raise ValueError(
                 f"model already has LoRA: {module._active()} in {name or 'model'}. "
                 "Call remove_lora(model) first; the model was left untouched"
@@ -270,6 +292,11 @@ def emptied(module: nn.Module) -> nn.Module:
         vars(module).update(params4bit=type(module.weight), quant_state=None)
     module._parameters.update({name: None for name in ("weight", "bias") if name in module._parameters})
     return module
+
+
+def original_weight(layer: FrozenWeight) -> Tensor | NF4Weight:
+    """W0 of a layer that is not merged."""
+    return layer.original_weight if isinstance(layer, FusedLoraLinear) else layer.weight
 
 
 def _weight_for(original: nn.Module, weight: Tensor | NF4Weight) -> nn.Parameter:

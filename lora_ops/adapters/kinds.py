@@ -23,10 +23,10 @@ def from_layer(module: nn.Module) -> Callable[..., LoraLayer]:
     return FusedLoraLinear.from_linear
 
 
-def check_variants(module: nn.Module, use_dora: bool, lora_bias: bool) -> None:
+def check_variants(module: nn.Module, use_dora: bool, lora_bias: bool, init_lora_weights: bool | str = True) -> None:
     """Raises ValueError for what only linear layers can have."""
     if isinstance(module, DenseAdapters) or is_embedding(module) or is_conv(module):
-        check_plain(use_dora, lora_bias)
+        check_plain(use_dora, lora_bias, init_lora_weights)
 
 
 def factor_names(module: nn.Module) -> tuple[str, str]:

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from ..nn.adapter import check_adapter_name
+from ..nn.frozen import FrozenWeight
 from .config import LoraConfig
-from .injection import lora_layers
+from .injection import lora_layers, updated_layers
 from .kinds import LoraLayer, check_variants
-from .whole_modules import copies_of, modules_to_save, whole_modules, wrap
+from .whole_modules import ModulesToSaveWrapper, copies_of, modules_to_save, whole_modules, wrap
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,21 +34,26 @@ def add_adapter(model: Model, config: LoraConfig, adapter_name: str, *, adapter_
     if taken:
         raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}, which {taken[0]} has already")
     for name, layer in layers.items():
-        check_variants(layer, config.use_dora, config.lora_bias)
+        check_variants(layer, config.use_dora, config.lora_bias, config.initialisation)
         layer._factor_shapes(config.rank_of(name))  # raises where the layer cannot have it
     copies = copies_of(modules_to_save(model, config, {layer: name for name, layer in layers.items()}))
-    for name, layer in layers.items():
-        layer.add_adapter(
-            adapter_name,
-            config.rank_of(name),
-            lora_alpha=config.alpha_of(name),
-            lora_dropout=config.lora_dropout,
-            use_rslora=config.use_rslora,
-            init_lora_weights=config.init_lora_weights,
-            adapter_dtype=adapter_dtype,
-            use_dora=config.use_dora,
-            lora_bias=config.lora_bias,
-        )
+    try:
+        for name, layer in layers.items():
+            layer.add_adapter(
+                adapter_name,
+                config.rank_of(name),
+                lora_alpha=config.alpha_of(name),
+                lora_dropout=config.lora_dropout,
+                use_rslora=config.use_rslora,
+                init_lora_weights=config.initialisation,
+                adapter_dtype=adapter_dtype,
+                use_dora=config.use_dora,
+                lora_bias=config.lora_bias,
+            )
+    except BaseException:
+        for layer in layers.values():
+            layer._forget(adapter_name)
+        raise
     wrap(model, copies, adapter_name)
     return model
 
@@ -94,7 +100,10 @@ def delete_adapter(model: Model, adapter_name: str) -> Model:
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """`with disable_adapter(model):` the frozen model, in which what is merged stays merged."""
-    parts = [*_layers(model).values(), *(wrapper for _, wrapper in whole_modules(model))]
+    layers = [layer for _, layer in updated_layers(model)]
+    if not layers:
+        raise ValueError("model has no layer with LoRA; see add_lora")
+    parts: list[FrozenWeight | ModulesToSaveWrapper] = [*layers, *(wrapper for _, wrapper in whole_modules(model))]
     before = [part.adapters_disabled for part in parts]
     for part in parts:
         part.adapters_disabled = True

@@ -12,20 +12,16 @@ from torch import Tensor, nn
 from ..dora import row_norms, weight_norm
 from ..quant import NF4Weight
 from ..stacking import stack
+from .frozen import FrozenWeight, adapter_dtype_for
 from .quantized import frozen_linear
 
 
-class NamedAdapters(nn.Module):
+class NamedAdapters(FrozenWeight):
     """A layer whose parameters `lora_A[name]` (r, K) and `lora_B[name]` (N, r) belong to adapters with names, as do the
     `lora_B_bias[name]` (N,) of those with `lora_bias` and the `lora_magnitude_vector[name]` (N,) of those that are DoRA.
 
     Those in `active_adapters` are added to the layer's output; they alone train. Names and meanings are PEFT's.
     """
-
-    weight: Any
-    in_features: int
-    out_features: int
-    bias: Tensor | None
 
     def _setup_adapters(self) -> None:
         self.lora_A = nn.ParameterDict()
@@ -38,7 +34,6 @@ class NamedAdapters(nn.Module):
         self.use_rslora: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
         self.active_adapters: list[str] = []
-        self.adapters_disabled = False
         self._norms: tuple[Any, ...] | None = None
 
     @property
@@ -55,12 +50,6 @@ class NamedAdapters(nn.Module):
     def parameter_dicts(self) -> tuple[nn.ParameterDict, ...]:
         """Whatever parameters adapters have, each by the adapter's name."""
         return self.lora_A, self.lora_B, self.lora_B_bias, self.lora_magnitude_vector
-
-    @property
-    def base_weight(self) -> Any:
-        """W0, whether adapters are merged into `weight` or not."""
-        unmerged = getattr(self, "unmerged_weight", None)
-        return self.weight if unmerged is None else unmerged
 
     @property
     def active_adapter(self) -> str:
@@ -100,9 +89,13 @@ class NamedAdapters(nn.Module):
         check_adapter_name(adapter_name)
         if adapter_name in self.lora_A:
             raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}, which {self._names()} has already")
-        self._new_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias
-        )
+        try:
+            self._new_adapter(
+                adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias
+            )
+        except BaseException:
+            self._forget(adapter_name)
+            raise
         for parameters in self.parameter_dicts:
             if adapter_name in parameters:
                 parameters[adapter_name].requires_grad_(False)
@@ -131,19 +124,15 @@ class NamedAdapters(nn.Module):
         """
         self._check_names([adapter_name])
         self._check_not_merged("delete_adapter")
+        self._forget(adapter_name)
+
+    def _forget(self, adapter_name: str) -> None:
         for parameters in self.parameter_dicts:
             if adapter_name in parameters:
                 del parameters[adapter_name]
         for of_all in (self.r, self.lora_alpha, self.lora_dropout, self.use_rslora, self.scaling):
-            del of_all[adapter_name]
+            of_all.pop(adapter_name, None)
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
-
-    def disable_adapters(self) -> None:
-        """The layer is the frozen layer alone, until `enable_adapters`. What is merged stays merged."""
-        self.adapters_disabled = True
-
-    def enable_adapters(self) -> None:
-        self.adapters_disabled = False
 
     def set_scaling(self, adapter_name: str, lora_alpha: float, use_rslora: bool = False) -> None:
         """scaling = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
@@ -168,10 +157,18 @@ class NamedAdapters(nn.Module):
         if adapter_name in self.lora_B_bias:
             bound = 1 / math.sqrt(self.r[adapter_name]) if init_lora_weights is False else 0.0
             nn.init.uniform_(self.lora_B_bias[adapter_name], -bound, bound)
+        self._reset_magnitude(adapter_name)
+
+    def _reset_magnitude(self, adapter_name: str) -> None:
         if adapter_name in self.lora_magnitude_vector:
-            self.lora_magnitude_vector[adapter_name].copy_(
-                weight_norm(self.base_weight, A, B, self.scaling[adapter_name], row_norms(self.base_weight))
-            )
+            A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
+            weight = self._weight_beside(adapter_name)
+            norm = weight_norm(weight, A, B, self.scaling[adapter_name], row_norms(weight))
+            self.lora_magnitude_vector[adapter_name].copy_(norm)
+
+    def _weight_beside(self, adapter_name: str) -> Any:
+        """The weight that the adapter is added to."""
+        return self.base_weight
 
     def _new_adapter(
         self,
@@ -184,11 +181,11 @@ class NamedAdapters(nn.Module):
         adapter_dtype: torch.dtype | None,
         use_dora: bool,
         lora_bias: bool,
+        **initial: Any,
     ) -> None:
         if lora_bias and self.bias is None:
             warnings.warn(f'lora_bias is True for adapter "{name}" of a layer without bias: it cannot be merged', stacklevel=3)
-        half = self.weight.dtype in (torch.bfloat16, torch.float16)
-        dtype = adapter_dtype or (torch.float32 if half else self.weight.dtype)
+        dtype = adapter_dtype_for(self.weight, adapter_dtype)
         device = self.weight.device
         A, B = (torch.empty(shape, dtype=dtype, device=device) for shape in self._factor_shapes(r))
         self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
@@ -199,7 +196,7 @@ class NamedAdapters(nn.Module):
             self.lora_magnitude_vector[name] = nn.Parameter(m)
         self.r[name], self.lora_dropout[name] = r, lora_dropout
         self.set_scaling(name, lora_alpha, use_rslora)
-        self.reset_lora_parameters(name, init_lora_weights)
+        self.reset_lora_parameters(name, init_lora_weights, **initial)
 
     def _factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of an adapter's A and B.
@@ -293,12 +290,15 @@ class NamedAdapters(nn.Module):
         return scaling * (B.to(wide) @ A.to(wide))
 
     @torch.no_grad()
-    def _with_active(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _with_update(self) -> tuple[Tensor, Tensor | None]:
         """W0 with what every active adapter makes of it, one after the other, in fp32 at least, and what they add to the bias:
 
         LoRA    W + ΔW                                                     b + scaling · bias of B
         DoRA    c ∘ (W + ΔW), c = magnitude / ‖W0 + ΔW‖                    c ∘ b
         """
+        if not self.active_adapters:
+            raise RuntimeError("no adapter is active: there is nothing to merge; call set_adapter() first")
+        weight = self._dense_weight(torch.promote_types(self.lora_A[self.active_adapter].dtype, torch.float32))
         merged, bias = weight, None
         for name in self.active_adapters:
             delta = self.delta_weight(name)
@@ -318,7 +318,7 @@ class NamedAdapters(nn.Module):
             raise ValueError(f"adapter_name must have every name once, got {list(names)}")
 
     def _check_not_merged(self, method: str) -> None:
-        if getattr(self, "merged", False):
+        if self.merged:
             raise RuntimeError(f"{method} needs the layer unmerged: {self._active()} is merged; call unmerge() first")
 
     def _names(self) -> str:
@@ -354,7 +354,10 @@ def check_adapter(
     if not isinstance(lora_dropout, int | float) or not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout must be a number in [0, 1), got {lora_dropout!r}")
     if init_lora_weights not in (True, False, "gaussian"):
-        raise ValueError(f'init_lora_weights must be True, False or "gaussian", got {init_lora_weights!r}')
+        # Not above: lora_ops.init has functions on whole models, which need this file.
+        from ..init import check_init_lora_weights
+
+        check_init_lora_weights(init_lora_weights)
     if adapter_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"adapter_dtype must be float32, bfloat16, float16, float64 or None, got {adapter_dtype!r}")
     for field, value in (("use_dora", use_dora), ("lora_bias", lora_bias)):

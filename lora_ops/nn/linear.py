@@ -9,11 +9,13 @@ from ..dora import dora_linear
 from ..functional import lora_linear, qlora_linear
 from ..ops import pack_weight
 from ..quant import NF4Weight
-from .adapter import NamedAdapters, check_adapter, check_adapter_name, version_of
-from .quantized import applied, check_quant, frozen_linear, is_linear4bit, loaded, quantised, requantise, split_state
+from .adapter import check_adapter, check_adapter_name, version_of
+from .frozen import FrozenWeight
+from .own_weights import OwnWeights
+from .quantized import check_quant, frozen_linear, is_linear4bit, quantised
 
 
-class FusedLoraLinear(NamedAdapters):
+class FusedLoraLinear(OwnWeights):
     """Drop-in for `nn.Linear` with a trainable low-rank update: y = x W0ᵀ + scaling · (drop(x) Aᵀ) Bᵀ + bias.
 
     Parameters: `weight` (N, K) and `bias` (N,), frozen; `lora_A[name]` (r, K) and `lora_B[name]` (N, r), trainable, keyed by
@@ -32,7 +34,10 @@ class FusedLoraLinear(NamedAdapters):
         lora_dropout: probability in [0, 1) that training hides an element of x from A.
         bias: whether there is a bias.
         init_lora_weights: True (A uniform in ±1/sqrt(K), B zero: the layer starts as W0), "gaussian" (A normal with
-            standard deviation 1/r, B zero), or False (both as `nn.Linear` initialises: the layer starts away from W0).
+            standard deviation 1/r, B zero), or False (both as `nn.Linear` initialises: the layer starts away from W0); or, by
+            name, an initialisation of `lora_ops.init` that needs no data: "pissa", "pissa_niter_4", "milora", "olora",
+            "orthogonal", "offset", "init_a", "init_b", "loftq", "loftq_iter_5", "qpissa", ... Some give the adapter a weight
+            of its own, such as W0 − scaling · B A: `weight` is that while the adapter is active, and W0, which is kept, else.
         device, dtype: of weight and bias.
         adapter_dtype: of A and B. None: float32 over a half-precision weight, as PEFT does, else the weight's dtype.
         prepack: keep the weight in packed panels too: faster for about 12 to 128 rows, for as much memory again as an
@@ -117,47 +122,32 @@ class FusedLoraLinear(NamedAdapters):
         check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype, use_dora, lora_bias)
         check_adapter_name(adapter_name)
         check_quant(quant, blocksize)
-        weight, bias = _weight_of(linear)
-        weight = quantised(weight, quant, blocksize, double_quant)
+        original, bias = weight_of(linear)
+        weight = quantised(original, quant, blocksize, double_quant)
         if prepack and isinstance(weight, NF4Weight):
             raise ValueError("prepack must be False for a weight in 4 bits, which lies as the kernels read it, got True")
         module = cls.__new__(cls)
         nn.Module.__init__(module)
-        module._setup(weight, bias, prepack)
-        module.fan_in_fan_out = is_conv1d(linear) and isinstance(weight, Tensor)
+        module._setup(weight, bias, prepack, fan_in_fan_out=is_conv1d(linear) and isinstance(weight, Tensor))
         module._new_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias
-        )
+            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias,
+            dense_weight=original if isinstance(original, Tensor) else None,
+        )  # fmt: skip
         module.active_adapters = [adapter_name]
         module.train(linear.training)
         return module
 
     weight: Tensor | NF4Weight
-    bias: Tensor | None
-    # W0 while it is merged: the very parameter, so that what is tied to it stays tied. Not registered: no state dict has it.
-    unmerged_weight: Tensor | NF4Weight | None
-    # The bias of before, likewise, while a bias of B is merged into it.
-    unmerged_bias: Tensor | None
-    # Of a merged weight that went back to 4 bits: its relative Frobenius error against the one that it stands for. Else None.
-    merge_error: float | None
 
-    def _setup(self, weight: Tensor | NF4Weight, bias: Tensor | None, prepack: bool) -> None:
+    def _setup(self, weight: Tensor | NF4Weight, bias: Tensor | None, prepack: bool, *, fan_in_fan_out: bool = False) -> None:
         self.out_features, self.in_features = weight.shape
-        self.weight = weight if isinstance(weight, NF4Weight) else weight.requires_grad_(False)
-        self.bias = None if bias is None else bias.requires_grad_(False)
+        self._setup_own_weights()
         self._setup_adapters()
+        self._setup_weight(weight, bias, fan_in_fan_out=fan_in_fan_out)
         self.prepack = prepack
-        self.fan_in_fan_out = False  # whether the state dict holds weight as (K, N), as Conv1D does
         self._panels: Tensor | None = None
         self._panels_of: tuple[Any, ...] | None = None
         self._packed_weight: Tensor | None = None
-        self.unmerged_weight = self.unmerged_bias = None
-        self.merge_error = None
-
-    @property
-    def merged(self) -> bool:
-        """Whether `weight` holds the active adapters at present."""
-        return self.unmerged_weight is not None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged or self.adapters_disabled or not self.active_adapters:
@@ -200,84 +190,10 @@ class FusedLoraLinear(NamedAdapters):
             self._packed_weight = w.detach()  # as long as it lives, no other weight can have its address
         return self._panels
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "FusedLoraLinear":
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenWeight:
         # Moved or cast: the panels and the weight that they came from are of no use any more.
         self._panels = self._panels_of = self._packed_weight = self._norms = None
-        for name in ("weight", "unmerged_weight"):
-            weight = getattr(self, name)
-            if isinstance(weight, NF4Weight):
-                setattr(self, name, applied(weight, fn))
-        for unmerged in (self.unmerged_weight, self.unmerged_bias):
-            if isinstance(unmerged, Tensor):
-                unmerged.data = fn(unmerged.data)
         return super()._apply(fn, recurse)
-
-    @torch.no_grad()
-    def merge(self, to: torch.dtype | None = None) -> None:
-        """Replaces `weight` by W0 + scaling · B A, rounded once, of all active adapters, one after the other; DoRA makes
-        c ∘ (W + scaling · B A) of the W that the ones before have made. `bias` gets what they add to it. W0 and the bias are
-        kept aside: whoever shares them does not notice.
-
-        A 4-bit weight is dequantised for that, and quantised again in the same format, which costs as much as the first time:
-        `merge_error` then holds |W - (W0 + ΔW)| / |W0 + ΔW|, Frobenius, about 0.09 for NF4 in blocks of 64 (with DoRA, of what
-        stands for W0 + ΔW).
-
-        Args:
-            to: the dtype of the merged weight, float32, bfloat16, float16 or float64, which then is a dense parameter. None:
-                the dtype or the 4-bit format that the weight has.
-
-        Raises:
-            RuntimeError: already merged, or no adapter is active.
-            ValueError: the merged weight or bias would not be finite, or there is a bias of B (`lora_bias`) and no bias.
-            TypeError: another dtype.
-        """
-        if self.merged:
-            raise RuntimeError(f"{self._active()} is merged already; call unmerge() first")
-        if not self.active_adapters:
-            raise RuntimeError("no adapter is active: there is nothing to merge; call set_adapter() first")
-        if to not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise TypeError(f"to must be float32, bfloat16, float16, float64 or None, got {to!r}")
-        weight = self.weight
-        requantised = isinstance(weight, NF4Weight) and to is None
-        wide = torch.promote_types(self.lora_A[self.active_adapter].dtype, torch.float32)
-        merged, added = self._with_active(weight.dequantize(wide) if isinstance(weight, NF4Weight) else weight)
-        if not requantised:
-            merged = merged.to(to or weight.dtype)
-        if not torch.isfinite(merged).all():
-            raise ValueError(f"{self._active()} gives a merged weight that is not finite; nothing was changed")
-        bias = None
-        if added is not None:
-            if self.bias is None:
-                raise ValueError(
-                    f"{self._active()} has a bias of B (lora_bias), and the layer has no bias to take it; nothing was changed"
-                )
-            bias = (self.bias + added).to(self.bias.dtype)
-            if not torch.isfinite(bias).all():
-                raise ValueError(f"{self._active()} gives a merged bias that is not finite; nothing was changed")
-        if isinstance(weight, NF4Weight) and requantised:
-            self.weight, self.merge_error = requantise(weight, merged)
-        else:
-            self.weight = nn.Parameter(merged, requires_grad=False)
-        self.__dict__["unmerged_weight"] = weight
-        if bias is not None:
-            self.__dict__["unmerged_bias"] = self.bias
-            self.bias = nn.Parameter(bias, requires_grad=False)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Puts W0 and the bias back, bit for bit.
-
-        Raises:
-            RuntimeError: not merged.
-        """
-        if self.unmerged_weight is None:
-            raise RuntimeError("nothing is merged; call merge() first")
-        if isinstance(self.unmerged_weight, NF4Weight):
-            self._parameters.pop("weight", None)
-        self.weight = self.unmerged_weight
-        if self.unmerged_bias is not None:
-            self.bias = self.unmerged_bias
-        self.unmerged_weight = self.unmerged_bias = self.merge_error = None
 
     def extra_repr(self) -> str:
         weight = self.weight
@@ -287,41 +203,12 @@ class FusedLoraLinear(NamedAdapters):
             f"{self._adapters_repr()}{quant}{', merged' if self.merged else ''}"
         )
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if isinstance(self.weight, NF4Weight):
-            destination.update(self.weight.to_bitsandbytes(prefix))
-        elif self.fan_in_fan_out:
-            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].t()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        *args: Any,
-    ) -> None:
-        key, new = f"{prefix}weight", None
-        if isinstance(self.weight, NF4Weight):
-            state, state_dict = split_state(state_dict, prefix)
-            if state:
-                new = loaded(state, prefix, self.weight, local_metadata.get("assign_to_params_buffers", False))
-            elif strict:
-                missing_keys.append(key)
-        elif self.fan_in_fan_out and key in state_dict:
-            state_dict = {**state_dict, key: state_dict[key].t()}
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
-        if new is not None:
-            self.weight = new
-
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles make their own panels and norms.
         return {**self.__dict__, "_panels": None, "_panels_of": None, "_packed_weight": None, "_norms": None}
 
 
-def _weight_of(linear: nn.Module) -> tuple[Tensor | NF4Weight, Tensor | None]:
+def weight_of(linear: nn.Module) -> tuple[Tensor | NF4Weight, Tensor | None]:
     """weight (N, K) and bias of a supported layer. Conv1D, y = x W + b with W (K, N), is known by its `nf`."""
     weight: Any = getattr(linear, "weight", None)
     bias: Any = getattr(linear, "bias", None)
