@@ -1,5 +1,6 @@
-"""What LoRA-GA's initialisation costs beside the training that follows: SmolLM2 in bf16, r = 16 on all linear layers, batches of
-2 x 256 tokens. Seconds of the initialisation, over those of 300 steps; and the peak memory of either, each in a process of its own.
+"""What LoRA-GA's initialisation costs beside the training that follows: SmolLM2 in bf16, r = 16 on all linear layers, batches
+of 2 x 256 tokens. Seconds of the initialisation, over those of 300 steps; and the peak memory of either, in processes of their
+own.
 """
 
 import json
@@ -74,7 +75,8 @@ def bench_lora_ga(benchmark, tmp_path_factory, capsys) -> None:
             found = runs[batches]
             share = found["init s"] / (STEPS * found["step s"])
             print(
-                f"LoRA-GA from {batches} batches: {found['init s']:.1f} s, {share:.1%} of {STEPS} steps of {found['step s']:.2f} s; "
+                f"LoRA-GA from {batches} batches: {found['init s']:.1f} s, "
+                f"{share:.1%} of {STEPS} steps of {found['step s']:.2f} s; "
                 f"at most {found['init MiB']:.0f} MiB, training {found['training MiB']:.0f} MiB"
             )
 

@@ -178,6 +178,17 @@ def test_adapters_that_cannot_be_leave_the_model_as_it_was() -> None:
     assert_untouched(model, before)
 
 
+def test_combinations_are_of_what_adapters_add_to_the_original_weight() -> None:
+    model, x = nn.Sequential(linear()), torch.randn(9, K)
+    y0 = model(x)
+    lora_ops.add_lora(model, LoraConfig(r=R, target_modules=["0"], init_lora_weights="pissa"))
+    trained(model)
+    lora_ops.add_weighted_adapter(model, ["default"], [0.5], "half", "cat")
+    y = model(x)
+    lora_ops.set_adapter(model, "half")
+    assert nearness(model(x) - y0, (y - y0) / 2) < 1e-5
+
+
 # --- files --------------------------------------------------------------------------------------------------------------
 
 

@@ -120,6 +120,25 @@ def test_one_gradient_is_that_of_all_batches(count: int) -> None:
         assert ((unit * wanted).sum(1).abs() > 1 - 1e-6).all()
 
 
+def test_a_layer_that_only_some_batches_reach_and_one_whose_output_is_written_to() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(24, 24), nn.Linear(24, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x).relu_()
+            return self.second(y) if x.mean() > 0 else y
+
+    model = lora_ops.add_lora(Branches(), LoraConfig(r=2, target_modules=["first", "second"]))
+    loss = lambda m, x: m(x).square().sum()  # noqa: E731
+    x = torch.rand(7, 24)
+    initialize(model, "lora_ga", [x, -x], loss=loss)
+    assert all(layer.starts for _, layer in lora_layers(model))
+    with pytest.raises(ValueError, match="batches must reach every layer with the adapter, and did not reach second"):
+        initialize(model, "lora_ga", [-x], loss=loss)
+
+
 def test_the_variance_depends_neither_on_r_nor_on_the_widths() -> None:
     """Var(s x Aᵀ Bᵀ) = (α / γ)², for inputs of variance 1; with α / r in place of α / √r it does."""
     found = []

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.adapter import check_adapter_name
+from ..nn.linear import FusedLoraLinear
 from .injection import lora_layers
 from .kinds import LoraLayer
 from .whole_modules import whole_modules
@@ -181,7 +182,7 @@ def add_weighted_adapter(
     for name, layer in layers.items():
         try:
             combined[name] = combine(
-                [Adapter(*layer._matrices(a), layer.scaling[a]) for a in adapters],
+                [_beside_w0(layer, a) for a in adapters],
                 weights,
                 combination_type,
                 svd_rank=svd_rank,
@@ -204,6 +205,14 @@ def add_weighted_adapter(
         if bias is not None:
             layer.lora_B_bias[adapter_name].data.copy_(bias)
     return model
+
+
+def _beside_w0(layer: LoraLayer, adapter_name: str) -> Adapter:
+    """An adapter as what it adds to W0, of which one with a weight of its own (`lora_ops.init`) has subtracted something."""
+    A, B = layer._matrices(adapter_name)
+    if isinstance(layer, FusedLoraLinear):
+        A, B, _, _ = layer.plain_lora(adapter_name)
+    return Adapter(A, B, layer.scaling[adapter_name])
 
 
 def _combined_bias(layer: LoraLayer, adapters: Sequence[str], weights: Sequence[float]) -> Tensor | None:

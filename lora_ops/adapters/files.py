@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .config import LoraConfig, is_all_linear
 from .embeddings import base_embeddings, check_not_tied, embeddings_to_save
-from .injection import Injection, add_lora, lora_layers
+from .injection import Injection, add_lora, lora_layers, original_weight
 from .kinds import LoraLayer, check_variants, factor_names, factor_shapes
 from .starts import FOLLOW_FROM_W0, KEEP_W0, Plain, initialisation_in_file, start_of
 from .switching import add_adapter
@@ -103,6 +103,9 @@ def save_adapter(
     tensors |= _beside_factors(model, layers, config["bias"], _whole(model, adapter_name), adapter_name)
     targets = _injected_config(model).target_modules
     tensors |= embeddings_to_save(model, layers, targets, save_embedding_layers)
+    for name in plain:
+        if f"{name}.base_layer.weight" in tensors:
+            tensors[f"{name}.base_layer.weight"] = original_weight(layers[name])  # type: ignore[assignment]
     tensors = _apart({_PREFIX + name: t.detach().cpu().contiguous() for name, t in tensors.items()})
 
     folder = Path(directory) if adapter_name == "default" else Path(directory) / adapter_name

@@ -131,7 +131,7 @@ def gather_gradients(
         def forward(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None
-            y = y if y.requires_grad else y.detach().requires_grad_()
+            y = y if y.requires_grad else y.detach().requires_grad_().clone()  # a leaf could not be written to in place
             x = args[0].detach()
             pending[name] += 1
 

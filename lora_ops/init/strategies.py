@@ -98,6 +98,8 @@ def _of_gradients(plan: Plan, batches: Any, options: Mapping[str, Any]) -> None:
         plan.start(name, G=gathered.pop(name).total, **options)
 
     calibrate.gather_gradients(plan.model, plan.layers, batches, gathered, done, plan.loss)
+    for name in [name for name, g in gathered.items() if g.total is not None]:  # that the last batch did not reach
+        done(name)
     _check_reached(gathered)
 
 

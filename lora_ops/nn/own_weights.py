@@ -41,6 +41,8 @@ class OwnWeights(NamedAdapters):
         self._aside: dict[str | None, Weight] = {}
         self._owner: str | None = None  # whose `weight` is
         self.unmerged_weight = None
+        self._active_adapters: list[str] = []
+        self._adapters_disabled = False
 
     @property
     def active_adapters(self) -> list[str]:
@@ -72,7 +74,7 @@ class OwnWeights(NamedAdapters):
 
     def _choose_weight(self) -> None:
         if self.unmerged_weight is None:
-            self._put_weight_of(None if vars(self).get("_adapters_disabled", False) else self._active_owner())
+            self._put_weight_of(None if self._adapters_disabled else self._active_owner())
 
     def _active_owner(self) -> str | None:
         return next((name for name in self._active_adapters if name in self.starts), None)
