@@ -9,6 +9,7 @@ from ..dora import dora_linear
 from ..functional import lora_linear, qlora_linear
 from ..ops import pack_weight
 from ..quant import NF4Weight
+from ..stacking import rank_gate
 from .adapter import NamedAdapters, check_adapter, check_adapter_name, version_of
 from .quantized import applied, check_quant, frozen_linear, is_linear4bit, loaded, quantised, requantise, split_state
 
@@ -180,6 +181,9 @@ class FusedLoraLinear(NamedAdapters):
             "dropout_p": self.lora_dropout[names[0]],
             "training": self.training,
         }
+        gate = self._gate(x, names)
+        if gate is not None:
+            options["gate"] = rank_gate(gate, [self.r[name] for name in names])
         if names[0] in self.lora_magnitude_vector:
             return dora_linear(x, weight, A, B, self.lora_magnitude_vector[names[0]], **options, base=self._row_norms())
         if isinstance(weight, NF4Weight):
@@ -317,8 +321,15 @@ class FusedLoraLinear(NamedAdapters):
             self.weight = new
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles make their own panels and norms.
-        return {**self.__dict__, "_panels": None, "_panels_of": None, "_packed_weight": None, "_norms": None}
+        # Copies and pickles make their own panels and norms, and get their own gate: this one may hang in a graph.
+        return {
+            **self.__dict__,
+            "_panels": None,
+            "_panels_of": None,
+            "_packed_weight": None,
+            "_norms": None,
+            "adapter_gate": None,
+        }
 
 
 def _weight_of(linear: nn.Module) -> tuple[Tensor | NF4Weight, Tensor | None]:
