@@ -39,13 +39,13 @@ class LinearizedFactors(nn.Module):
         lora_A, lora_B: A0 (r, K) and B0 (N, r), where A and B start.
     """
 
-    initial_A: Tensor
-    initial_B: Tensor
+    A0: Tensor
+    B0: Tensor
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor) -> None:
         super().__init__()
-        self.register_buffer("initial_A", lora_A.detach().clone())
-        self.register_buffer("initial_B", lora_B.detach().clone())
+        self.register_buffer("A0", lora_A.detach().clone())
+        self.register_buffer("B0", lora_B.detach().clone())
         self.lora_A, self.lora_B = nn.Parameter(lora_A.detach().clone()), nn.Parameter(lora_B.detach().clone())
         self.starts_at_zero = not bool(lora_B.any())
         if self.starts_at_zero:
@@ -53,8 +53,8 @@ class LinearizedFactors(nn.Module):
 
     def forward(self, x: Tensor) -> Factors:
         if self.starts_at_zero:
-            return Factors(self.initial_A, self.lora_B)
-        return Factors(torch.cat([self.initial_A, self.lora_A - self.initial_A]), torch.cat([self.lora_B, self.initial_B], 1))
+            return Factors(self.A0, self.lora_B)
+        return Factors(torch.cat([self.A0, self.lora_A - self.A0]), torch.cat([self.lora_B, self.B0], 1))
 
 
 def linearize(model: Model, adapter_name: str = "default") -> Model:

@@ -77,7 +77,8 @@ class MixLoraFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        probabilities = F.linear(rows, self.router.to(rows.dtype)).float().softmax(-1)
+        logits = F.linear(rows, self.router.to(rows.dtype))
+        probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
         g, chosen = probabilities.topk(self.top_k, dim=-1)
         g = (g / g.sum(-1, keepdim=True)).to(rows.dtype)
         self.balance = load_balancing_loss(probabilities, chosen)

@@ -41,7 +41,7 @@ def set_adapter_gate(model: nn.Module, gate: Tensor | Sequence[Tensor] | None) -
         if g is not None and (g.dim() < 1 or g.shape[-1] != n):
             raise ValueError(f"gate must be (..., n) with n = {n}, the active adapters of {name}, got {tuple(g.shape)}")
     for layer, g in zip(layers.values(), gates, strict=True):
-        layer.adapter_gate = g
+        vars(layer)["adapter_gate"] = g  # a parameter stays the router's
 
 
 def add_router(model: Model, adapters: Sequence[str], router: nn.Module, *, train_adapters: bool = False) -> Model:
@@ -107,9 +107,8 @@ def mean_hidden_state(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _route(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError("use_cache must be False for a model with a router, which sees all tokens, got past_key_values")
+    if any(hasattr(value, "get_seq_length") for value in kwargs.values()):
+        raise ValueError("use_cache must be False for a model with a router, which sees all tokens, got a cache")
     # The gates stay until the next forward: activation checkpointing computes layers again in the backward.
     set_adapter_gate(model, model.lora_router(model, *args, **kwargs))
 
