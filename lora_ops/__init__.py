@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  (before _C: the extension shares torch's OpenMP runtime)
 
-from . import reference
+from . import compose, reference
 from ._version import __version__
 from .adapters import (
     Adapter,
@@ -56,6 +56,7 @@ __all__ = [
     "add_weighted_adapter",
     "build_info",
     "combine",
+    "compose",
     "delete_adapter",
     "disable_adapter",
     "dora_linear",

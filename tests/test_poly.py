@@ -74,6 +74,8 @@ def test_starts_as_the_frozen_model() -> None:
 
 def test_errors() -> None:
     model = llama()
+    with pytest.raises(TypeError, match=r"must be an nn\.Linear, got Embedding"):
+        PolyLinear(model.model.embed_tokens, 3)
     with pytest.raises(ValueError, match="n_splits must divide K = 32 and N = 32, got 5"):
         add_poly(model, ["q_proj"], 3, n_splits=5)
     with pytest.raises(ValueError, match=r"got \['nothing'\]"):

@@ -79,13 +79,13 @@ def linearize(model: Model, adapter_name: str = "default") -> Model:
 
 
 def _linearized(layer: FusedLoraLinear, name: str) -> FactoredLinear:
-    frozen = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    frozen = nn.Linear(1, 1, device="meta")
+    del frozen.weight  # a parameter's place, where a weight in 4 bits cannot be
+    frozen.weight, frozen.bias = layer.weight, layer.bias  # type: ignore[assignment]
     new = FactoredLinear(
         frozen,
         LinearizedFactors(layer.lora_A[name], layer.lora_B[name]),
         scaling=layer.scaling[name],
         lora_dropout=layer.lora_dropout[name],
     )
-    del new.weight
-    new.weight, new.bias = layer.weight, layer.bias
     return new.train(layer.training)

@@ -8,8 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.kinds import replace_modules
-from ..nn.linear import _weight_of
-from ..nn.quantized import frozen_linear
 from ..registry import method
 from .mixture import load_balancing_loss
 
@@ -35,7 +33,7 @@ class MixLoraFFN(nn.Module):
     product, of Σ_e g_e h_e.
 
     Args:
-        mlp: has nn.Linear (or 4-bit) layers gate_proj, up_proj and down_proj and an activation `act_fn`; it is frozen.
+        mlp: has nn.Linear (or Linear4bit) layers gate_proj, up_proj and down_proj and an activation `act_fn`; it is frozen.
         num_experts, top_k: how many there are, and how many take a token.
         r, lora_alpha: of every expert's LoRAs.
         lora_dropout: probability that training hides an element of an expert's input from its A.
@@ -82,7 +80,7 @@ class MixLoraFFN(nn.Module):
         g, chosen = probabilities.topk(self.top_k, dim=-1)
         g = (g / g.sum(-1, keepdim=True)).to(rows.dtype)
         self.balance = load_balancing_loss(probabilities, chosen)
-        gate, up = self._base("gate_proj", rows), self._base("up_proj", rows)
+        gate, up = self.mlp.gate_proj(rows), self.mlp.up_proj(rows)
         mixed = rows.new_zeros(gate.shape)
         low_rank = rows.new_zeros(rows.shape[0], self.mlp.down_proj.out_features)
         for e in range(self.router.shape[0]):
@@ -92,11 +90,7 @@ class MixLoraFFN(nn.Module):
             h = h * g[at, place, None]
             mixed = mixed.index_add(0, at, h)
             low_rank = low_rank.index_add(0, at, self._low_rank("down_proj", e, h))
-        weight, bias = _weight_of(self.mlp.down_proj)
-        return (frozen_linear(mixed, weight, bias) + low_rank).view(*x.shape[:-1], -1)
-
-    def _base(self, name: str, x: Tensor) -> Tensor:
-        return frozen_linear(x, *_weight_of(getattr(self.mlp, name)))
+        return (self.mlp.down_proj(mixed) + low_rank).view(*x.shape[:-1], -1)
 
     def _low_rank(self, name: str, e: int, x: Tensor) -> Tensor:
         A, B = self.lora_A[name][e], self.lora_B[name][e]

@@ -9,7 +9,6 @@ from torch.distributions import RelaxedBernoulli
 
 from ..adapters.kinds import replace_modules
 from ..multi import AdapterBank, multi_lora_linear
-from ..nn.linear import _weight_of
 from ..registry import method
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -34,17 +33,20 @@ class PolyLinear(nn.Module):
     Parameters: `lora_A` (n_skills, r, K); `lora_B` (n_skills, N, r), zero at first; `module_logits` (tasks, splits, skills).
 
     Args:
-        linear: nn.Linear, Conv1D or Linear4bit; its weight and bias are shared and frozen.
+        linear: its weight and bias are shared and frozen.
         n_tasks, n_skills, r: how many tasks and skills there are, and their rank.
         n_splits: divides K and N.
 
     Raises:
+        TypeError: another kind of layer.
         ValueError: n_splits does not divide K and N. In forward: `task_ids` that are not set, or no index of a task.
     """
 
-    def __init__(self, linear: nn.Module, n_tasks: int, n_skills: int = 4, r: int = 8, n_splits: int = 1) -> None:
+    def __init__(self, linear: nn.Linear, n_tasks: int, n_skills: int = 4, r: int = 8, n_splits: int = 1) -> None:
         super().__init__()
-        self.weight, self.bias = _weight_of(linear)
+        if type(linear).forward is not nn.Linear.forward:
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        self.weight, self.bias = linear.weight, linear.bias
         N, K = self.weight.shape
         if K % n_splits or N % n_splits:
             raise ValueError(f"n_splits must divide K = {K} and N = {N}, got {n_splits}")

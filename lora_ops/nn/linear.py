@@ -9,11 +9,37 @@ from ..dora import dora_linear
 from ..functional import lora_linear, qlora_linear
 from ..ops import pack_weight
 from ..quant import NF4Weight
+from ..registry import method
 from ..stacking import rank_gate
 from .adapter import NamedAdapters, check_adapter, check_adapter_name, version_of
 from .quantized import applied, check_quant, frozen_linear, is_linear4bit, loaded, quantised, requantise, split_state
 
 
+@method(
+    "LoRA",
+    equation="y = x W0ᵀ + s (drop(x) Aᵀ) Bᵀ + bias, s = lora_alpha / r, B = 0 at first",
+    use="add_lora(model, LoraConfig(r=8, lora_alpha=16))",
+    changes="P",
+    source="Hu et al. 2021, https://arxiv.org/abs/2106.09685",
+    test="test_fused_lora_linear.py::test_merged_output_is_the_unmerged_output",
+    note="Its backward is cheaper than full tuning's: ∂L/∂W0 is not computed, which a survey overlooks.",
+)
+@method(
+    "rsLoRA",
+    equation="s = lora_alpha / sqrt(r)",
+    use="add_lora(model, LoraConfig(r=256, use_rslora=True))",
+    changes="P",
+    source="Kalajdzievski 2023, https://arxiv.org/abs/2312.03732",
+    test="test_fused_lora_linear.py::test_rslora_keeps_the_first_step_of_any_rank",
+)
+@method(
+    "LoRA dropout",
+    equation="y = x W0ᵀ + s (drop(x) Aᵀ) Bᵀ: W0 sees all of x",
+    use="add_lora(model, LoraConfig(lora_dropout=0.05))",
+    changes="L",
+    source="Hu et al. 2021, https://arxiv.org/abs/2106.09685",
+    test="test_dropout.py::test_mask_is_the_reference_mask",
+)
 class FusedLoraLinear(NamedAdapters):
     """Drop-in for `nn.Linear` with a trainable low-rank update: y = x W0ᵀ + scaling · (drop(x) Aᵀ) Bᵀ + bias.
 
