@@ -35,6 +35,15 @@ def test_a_swapped_adapter_computes_what_a_loaded_one_does(r: int, fields: dict,
     assert not torch.allclose(model(x), before, rtol=1e-2)
 
 
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}], ids=str)
+def test_a_padded_adapter_is_saved_as_it_computes(fields: dict, tmp_path: Path) -> None:
+    x, model = torch.randn(5, 12), model_of(3, **fields)
+    before = model(x)
+    save_adapter(pad_adapter(model, 7), tmp_path)
+    torch.manual_seed(0)
+    torch.testing.assert_close(load_adapter(Mlp(), tmp_path)(x), before)
+
+
 def test_no_compilation_follows(tmp_path: Path) -> None:
     x, other = torch.randn(5, 12), model_of(2, seed=1, lora_alpha=5)
     save_adapter(other, tmp_path)
