@@ -7,7 +7,7 @@ import torch
 from tiny_models import Mlp, injected, make_layer, make_x
 from torch import nn
 
-from lora_ops import FusedLoraConv2d, hotswap_adapter, load_adapter, lora_layers, pad_adapter, save_adapter
+from lora_ops import FusedLoraConv2d, hotswap_adapter, load_adapter, lora_layers, merge_lora, pad_adapter, save_adapter
 
 
 def model_of(r: int, seed: int = 0, **fields) -> nn.Module:
@@ -95,6 +95,9 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got 'other'"):
         pad_adapter(model, 8, "other")
     with pytest.raises(FileNotFoundError):
+        hotswap_adapter(model, tmp_path)
+    merge_lora(model)
+    with pytest.raises(RuntimeError, match="is merged; call unmerge"):
         hotswap_adapter(model, tmp_path)
     grouped = nn.Sequential(FusedLoraConv2d.from_conv(nn.Conv2d(4, 4, 3, groups=2), 2))
     with pytest.raises(ValueError, match="0 is a convolution in groups"):

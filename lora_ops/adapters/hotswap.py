@@ -22,7 +22,8 @@ def pad_adapter(model: Model, r: int, adapter_name: str = "default") -> Model:
     Call it before `torch.compile` and before an optimiser is made: the parameters are new ones.
 
     Raises:
-        ValueError: a layer has no adapter of that name or one of a larger rank, or is a convolution in groups; none is changed.
+        ValueError: a layer has no adapter of that name or one of a larger rank, or is a convolution in groups.
+        RuntimeError: a layer is merged. In each case none is changed.
     """
     layers = _layers(model, adapter_name)
     for name, layer in layers.items():
@@ -58,6 +59,7 @@ def hotswap_adapter(model: Model, directory: str | os.PathLike[str], adapter_nam
         FileNotFoundError: one of the two files is not there.
         ValueError: the files are damaged or do not fit the adapter, which is as it was. They may have neither DoRA nor biases
             nor whole modules; such adapters are loaded by `load_adapter`.
+        RuntimeError: a layer is merged.
     """
     layers = _layers(model, adapter_name)
     folder = Path(directory)
@@ -97,6 +99,8 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     layers = {name: layer for name, layer in lora_layers(model) if adapter_name in layer.lora_A}
     if not layers:
         raise ValueError(f"adapter_name must be an adapter of the model's LoRA layers, got {adapter_name!r}")
+    for layer in layers.values():
+        layer._check_not_merged("another rank or another adapter")
     grouped = [name for name, layer in layers.items() if getattr(layer, "groups", 1) > 1]
     if grouped:
         raise ValueError(f"{grouped[0]} is a convolution in groups, whose ranks belong to groups and cannot be padded")

@@ -107,13 +107,15 @@ def lorahub(
         The weights.
 
     Raises:
-        ValueError: an argument that does not fit; the model is as it was. So it is after an error of `loss`.
+        ValueError: an argument that does not fit.
+        RuntimeError: a layer is merged. In each case, and after an error of `loss`, the model is as it was.
     """
     layers = dict(lora_layers(model))
     if not layers:
         raise ValueError("model has no layer with LoRA; see add_lora")
     for layer in layers.values():
         layer._check_names(list(adapters))
+        layer._check_not_merged("lorahub")
         weighted_factors(_of_layer(layer, adapters), [0.0] * len(adapters))
         if adapter_name in layer.lora_A:
             raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}")
