@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  (before _C: the extension shares torch's OpenMP runtime)
 
-from . import factors, init, reference
+from . import compose, factors, init, reference
 from ._version import __version__
 from .adapters import (
     Adapter,
@@ -16,11 +16,13 @@ from .adapters import (
     delete_adapter,
     disable_adapter,
     factors_to_lora,
+    hotswap_adapter,
     load_adapter,
     lora_layers,
     lora_parameters,
     merge_and_unload,
     merge_lora,
+    pad_adapter,
     remove_lora,
     save_adapter,
     set_adapter,
@@ -57,11 +59,13 @@ __all__ = [
     "add_weighted_adapter",
     "build_info",
     "combine",
+    "compose",
     "delete_adapter",
     "disable_adapter",
     "dora_linear",
     "factors",
     "factors_to_lora",
+    "hotswap_adapter",
     "init",
     "load_adapter",
     "lora_layers",
@@ -71,6 +75,7 @@ __all__ = [
     "merge_lora",
     "multi_lora_linear",
     "pack_weight",
+    "pad_adapter",
     "qlora_linear",
     "quantize_nf4",
     "reference",

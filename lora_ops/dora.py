@@ -9,6 +9,7 @@ from . import functional
 from .autograd import check_frozen
 from .qlora_ops import weight_of
 from .quant import NF4Weight
+from .registry import method
 
 _ROWS = 512  # of the weight, widened at a time
 
@@ -51,6 +52,15 @@ def weight_norm(
         return squares.clamp_min(0).sqrt()
 
 
+@method(
+    "DoRA",
+    equation="y = m / ‖W0 + s B A‖ ∘ (x W0ᵀ + s (x Aᵀ) Bᵀ) + bias, the norm of each row a constant of the backward",
+    use="add_lora(model, LoraConfig(use_dora=True))",
+    changes="P",
+    source="Liu et al. 2024, https://arxiv.org/abs/2402.09353",
+    test="test_dora_layer.py::test_output_and_gradients",
+    note="Weight-decomposed; another DoRA adapts ranks. The signs of the correlation of ΔM and ΔD were not reproduced.",
+)
 def dora_linear(
     x: Tensor,
     weight: Tensor | NF4Weight,

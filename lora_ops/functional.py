@@ -6,6 +6,7 @@ from torch import Tensor
 from . import ops, qlora_ops
 from .autograd import check_frozen
 from .quant import NF4Weight
+from .registry import method
 
 
 def lora_linear(
@@ -77,6 +78,14 @@ def lora_linear(
     return y
 
 
+@method(
+    "QLoRA",
+    equation="y = x Wᵀ + s (drop(x) Aᵀ) Bᵀ + bias, W = NF4 code · absmax of 64, absmax in 8 bits",
+    use='add_lora(model, LoraConfig(r=64, target_modules="all-linear"), quant="nf4")',
+    changes="Q",
+    source="Dettmers et al. 2023, https://arxiv.org/abs/2305.14314",
+    test="test_nf4_format.py::test_bitsandbytes_to_the_last_bit",
+)
 def qlora_linear(
     x: Tensor,
     qweight: NF4Weight,

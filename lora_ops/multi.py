@@ -10,6 +10,7 @@ from . import multi_ops, qlora_ops
 from .autograd import check_frozen
 from .functional import _draw_seed, autocast_dtype
 from .quant import NF4Weight
+from .registry import method
 
 
 class AdapterBank:
@@ -125,6 +126,14 @@ class AdapterBank:
         return A, B, self._scalings[places], place[ids]  # type: ignore[return-value]
 
 
+@method(
+    "Mixed batch",
+    equation="y_n = x_n W0ᵀ + s_i (x_n A_iᵀ) B_iᵀ + bias, i the adapter of row n, or none",
+    use='multi_lora_linear(x, linear.weight, bank, ["law", None, "chemistry"])',
+    changes="C",
+    source="Punica: Chen et al. 2023, https://arxiv.org/abs/2310.18547; S-LoRA: Sheng et al. 2023, https://arxiv.org/abs/2311.03285",
+    test="test_multi_lora.py::test_is_one_stacked_adapter_with_one_hot_gates",
+)
 def multi_lora_linear(
     x: Tensor,
     weight: Tensor | NF4Weight,

@@ -26,6 +26,14 @@ def stack(
         return _stacked(lora_As, lora_Bs, scalings)
 
 
+def rank_gate(gate: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Of a factor for each adapter, (..., n), that for each rank of what `stack` makes of them, (..., Σ r_i)."""
+    if len(set(ranks)) == 1:  # repeat_interleave is an order of magnitude slower on a CPU
+        return gate.unsqueeze(-1).expand(*gate.shape, ranks[0]).flatten(-2)
+    columns = gate.split(1, dim=-1)
+    return torch.cat([column.expand(*gate.shape[:-1], r) for column, r in zip(columns, ranks, strict=True)], dim=-1)
+
+
 def _stacked(
     lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], scalings: Sequence[float | Tensor]
 ) -> tuple[Tensor, Tensor, float]:

@@ -196,6 +196,33 @@ def test_svd_is_the_best_of_its_rank(rank: int) -> None:
         assert compare.error((ours @ ours.T).float(), (eager @ eager.T).float(), gram).within_bound
 
 
+@pytest.mark.parametrize("q", [1, 3])
+def test_byom_lora_lacks_the_tail(q: int) -> None:
+    """One adapter cut to rank q is wrong by √Σ σ² of the singular values behind q."""
+    (adapter,) = drawn((5,), dtype=F64)
+    cut = combine([adapter], [1.0], "svd", svd_rank=q)
+    values = torch.linalg.svdvals(delta(adapter))
+    torch.testing.assert_close((delta(cut) - delta(adapter)).norm(), values[q:].norm(), rtol=1e-12, atol=0)
+    assert cut.lora_A.shape == (q, K)
+
+
+def test_one_adapter_s_weight_is_a_dial() -> None:
+    """w = 0 is the frozen model, w = 1 the adapter, between them ΔW grows in proportion."""
+    torch.manual_seed(0)
+    model, x = injected(Mlp().to(F64)), torch.randn(5, 12, dtype=F64)
+    deltas = {}
+    for i, w in enumerate((0.0, 0.4, 1.0)):
+        add_weighted_adapter(model, ["default"], [w], f"w{i}", "cat")
+        lora_ops.set_adapter(model, f"w{i}")
+        deltas[w] = [layer.delta_weight() for _, layer in lora_layers(model)], model(x)
+    with lora_ops.disable_adapter(model):
+        torch.testing.assert_close(deltas[0.0][1], model(x), rtol=1e-13, atol=1e-13)
+    lora_ops.set_adapter(model, "default")
+    torch.testing.assert_close(deltas[1.0][1], model(x), rtol=1e-12, atol=1e-12)
+    for part, whole in zip(deltas[0.4][0], deltas[1.0][0], strict=True):
+        torch.testing.assert_close(part, 0.4 * whole, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("method", ["cat", "svd", *OF_FACTORS])
 def test_nothing_as_large_as_the_weight_is_formed(method: str) -> None:
     adapters = drawn((8, 8), size=(1024, 512))

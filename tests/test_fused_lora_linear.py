@@ -137,6 +137,28 @@ def test_initialisation():
         assert (B.count_nonzero() == 0) == zero
 
 
+def test_rslora_keeps_the_first_step_of_any_rank():
+    """What one SGD step on B adds to the output: as large for r = 1024 as for 4, and 256 times smaller with lora_alpha / r."""
+
+    def ratio(use_rslora: bool) -> float:
+        sizes = []
+        for r in (4, 1024):
+            torch.manual_seed(0)
+            layer = FusedLoraLinear(256, 8, r, lora_alpha=8, use_rslora=use_rslora)
+            assert layer.scaling["default"] == (8 / math.sqrt(r) if use_rslora else 8 / r)
+            before, x, g = [], torch.randn(64, 256), torch.randn(64, 8)
+            for row, upstream in zip(x[:, None], g[:, None], strict=True):
+                layer.zero_grad()
+                layer(row).backward(upstream)
+                step = layer.scaling["default"] * (row @ layer.lora_A["default"].T @ layer.lora_B["default"].grad.T)
+                before.append(step.norm())
+            sizes.append(torch.stack(before).mean())
+        return (sizes[0] / sizes[1]).item()
+
+    assert 0.6 < ratio(True) < 1.7
+    assert 150 < ratio(False) < 400
+
+
 def test_same_seed_same_adapter():
     torch.manual_seed(3)
     A = FusedLoraLinear(K, N, R).lora_A["default"]

@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+import transformers
 from tiny_models import Mlp, assert_untouched, bert, gpt2, injected, llama, snapshot, with_peft
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -75,6 +76,17 @@ def test_patterns_are_peft_s(pattern):
         assert layer.scaling == expected.scaling
         assert layer.lora_A["default"].shape == expected.lora_A["default"].weight.shape
         assert layer.lora_B["default"].shape == expected.lora_B["default"].weight.shape
+
+
+def test_parameters_of_a_large_llama():
+    """r = 8 in the query and value layers of LLaMA-2-70B, whose values have an eighth of the heads: 80 · 8 · (16384 + 9216)."""
+    config = transformers.LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    add_lora(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    assert sum(p.numel() for p in lora_parameters(model)) == 16_384_000
 
 
 def test_config_defaults_are_peft_s():

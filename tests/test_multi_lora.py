@@ -132,6 +132,22 @@ def test_rows_are_those_of_separate_runs(dtypes):
             assert_within_bound({name: error(here, value, there)})
 
 
+def test_is_one_stacked_adapter_with_one_hot_gates():
+    """Of rank Σ r_i, in which each row's gate is 1 at its own adapter's ranks, 0 elsewhere."""
+    case = in_float64(mixed(41, 129, 65, Dtypes(F32, F32)))
+    factors = case.adapters
+    A = torch.cat([a for a, _, _ in factors])
+    B = torch.cat([s * b for _, b, s in factors], dim=1)
+    owner = torch.cat([torch.full((len(a),), i) for i, (a, _, _) in enumerate(factors)])
+    gate = (case.ids[:, None] == owner).double()
+
+    def stacked(case: Mixed) -> Tensor:
+        return lora_ops.lora_linear(case.x, case.weight, A, B, scaling=1.0, bias=case.bias, gate=gate)
+
+    actual, expected = results(case, fused), results(case, stacked)
+    assert all(torch.allclose(actual[name], expected[name], rtol=1e-11, atol=1e-11) for name in expected)
+
+
 def test_adapters_that_do_not_occur_get_no_gradient():
     case = mixed(9, 33, 17, Dtypes(F32, F32), (4, 8, 2))
     case = replace(case, ids=torch.tensor([-1, 1] * 4 + [1]))

@@ -1,5 +1,7 @@
 """Several adapters in one layer, and in a model: which are added to its output, and which train."""
 
+import copy
+
 import compare
 import pytest
 import torch
@@ -108,6 +110,22 @@ def test_merging_takes_what_is_active() -> None:
             change()
     layer.unmerge()
     assert torch.equal(layer.weight, W0)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_switching_a_merged_task_is_a_fresh_merge(dtype: torch.dtype) -> None:
+    """Bit for bit, in half precision, too, where W + ΔW_1 - ΔW_1 + ΔW_2 would not be."""
+    switched = layer_of_three(dtype)
+    fresh = copy.deepcopy(switched)
+    switched.merge()
+    for name in ("second", "third"):
+        switched.unmerge()
+        switched.set_adapter(name)
+        switched.merge()
+        fresh.set_adapter(name)
+        fresh.merge()
+        assert torch.equal(switched.weight, fresh.weight)
+        fresh.unmerge()
 
 
 def in_fp64_merged(layer: FusedLoraLinear, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ scales of another row where K is a multiple of 16 but not of the block size. The
 import itertools
 import math
 import random
+import statistics
 
 import pytest
 import torch
@@ -249,6 +250,26 @@ def gaussian_error(blocksize, quant_type):
     p = torch.erf(m / math.sqrt(2))
     density = blocksize * p ** (blocksize - 1) * 2 * torch.exp(-(m**2) / 2) / math.sqrt(2 * math.pi)
     return math.sqrt(torch.trapezoid(density * error / p, m) * (blocksize - 1) / blocksize)
+
+
+def test_codes_are_quantiles_of_a_normal_distribution():
+    """Halfway between those of evenly spaced probabilities up to 0.9677, 8 below zero and 7 above, divided by the largest."""
+    quantile = statistics.NormalDist().inv_cdf
+    below = [quantile(p) for p in torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1].tolist()]
+    above = [quantile(p) for p in torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1].tolist()]
+    expected = torch.tensor(sorted([*(-p for p in below), 0.0, *above])) / max(above)
+    weight = torch.cat([expected, torch.ones(48)])[None]  # one block, whose scale is 1
+    levels = quantize_nf4(weight, double_quant=False).dequantize(torch.float32)[0, :16]
+    torch.testing.assert_close(levels, expected, rtol=0, atol=1e-6)
+
+
+def test_nf4_is_nearer_to_gaussian_weights_than_evenly_spaced_levels():
+    torch.manual_seed(0)
+    weight = torch.randn(256, 256)
+    blocks = weight.view(-1, 64)
+    scale = blocks.abs().amax(1, keepdim=True) / 7
+    int4 = ((blocks / scale).round().clamp(-8, 7) * scale).view_as(weight)
+    assert (quantize_nf4(weight).dequantize() - weight).norm() < 0.9 * (int4 - weight).norm()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..nn.adapter import check_adapter_name
 from ..nn.linear import FusedLoraLinear
+from ..registry import method
 from .injection import lora_layers
 from .kinds import LoraLayer
 from .whole_modules import whole_modules
@@ -29,6 +30,65 @@ class Adapter(NamedTuple):
     scaling: float = 1.0
 
 
+@method(
+    "Combination: cat",
+    equation="A = [w_1 s_1 A_1; ...], B = [B_1 ...]: Σ w_i s_i B_i A_i itself",
+    use='add_weighted_adapter(model, ["law", "chemistry"], [0.7, 0.3], "both", "cat")',
+    changes="C",
+    source="PEFT, https://github.com/huggingface/peft",
+    test="test_combine.py::test_cat_is_exact",
+)
+@method(
+    "Combination: svd",
+    equation="the best rank-r approximation of Σ w_i s_i B_i A_i, from QR decompositions of the factors",
+    use='add_weighted_adapter(model, ["law", "chemistry"], [0.7, 0.3], "both", "svd", svd_rank=8)',
+    changes="C",
+    source="PEFT, https://github.com/huggingface/peft",
+    test="test_combine.py::test_svd_is_the_best_of_its_rank",
+    note="PEFT scales twice when the first adapter is rank-stabilised, and forms ΔW.",
+)
+@method(
+    "BYOM-LoRA",
+    equation="B A cut to rank q",
+    use='combine([adapter], [1.0], "svd", svd_rank=4)',
+    changes="C",
+    source="Jiang et al. 2023, https://arxiv.org/abs/2310.01886",
+    test="test_combine.py::test_byom_lora_lacks_the_tail",
+)
+@method(
+    "Combination: linear",
+    equation="A = Σ √(w_i s_i) A_i, B = Σ √(w_i s_i) B_i",
+    use='add_weighted_adapter(model, ["law", "chemistry"], [0.7, 0.3], "both", "linear")',
+    changes="C",
+    source="PEFT, https://github.com/huggingface/peft",
+    test="test_combine.py::test_linear_has_cross_terms",
+    note="Not the sum of the ΔW_i: the products of different adapters come on top.",
+)
+@method(
+    "TIES",
+    equation="prune to density; elect a sign; mean of those that have it",
+    use='add_weighted_adapter(model, ["law", "chemistry"], [1, 1], "both", "ties", density=0.2)',
+    changes="C",
+    source="Yadav et al. 2023, https://arxiv.org/abs/2306.01708",
+    test="test_combine.py::test_factors_are_peft_s",
+    note="PEFT elects signs before it looks at negative weights.",
+)
+@method(
+    "DARE",
+    equation="each element stays with probability density, divided by it; then linear or ties",
+    use='add_weighted_adapter(model, ["law", "chemistry"], [1, 1], "both", "dare_linear", density=0.2)',
+    changes="C",
+    source="Yu et al. 2023, https://arxiv.org/abs/2311.03099",
+    test="test_combine.py::test_factors_are_peft_s",
+)
+@method(
+    "Combination: magnitude_prune",
+    equation="the density · numel elements of largest magnitude stay; then linear",
+    use='add_weighted_adapter(model, ["law", "chemistry"], [1, 1], "both", "magnitude_prune", density=0.2)',
+    changes="C",
+    source="PEFT, https://github.com/huggingface/peft",
+    test="test_combine.py::test_factors_are_peft_s",
+)
 @torch.no_grad()
 def combine(
     adapters: Sequence[Adapter],
@@ -121,6 +181,22 @@ def combine(
     return result
 
 
+@method(
+    "Average of plugins",
+    equation="W = W0 + Σ w_k s_k B_k A_k",
+    use='add_weighted_adapter(model, ["law", "chemistry"], [0.5, 0.5], "mean", "cat")',
+    changes="C",
+    source="PEFT, https://github.com/huggingface/peft",
+    test="test_combine.py::test_cat_of_a_model_computes_what_both_do",
+)
+@method(
+    "ControlPE",
+    equation="W = W0 + w s B A, w chosen in [0, 1] at inference",
+    use='add_weighted_adapter(model, ["brief"], [0.4], "rather brief", "cat")',
+    changes="C",
+    source="named in surveys of LoRA; no code was found",
+    test="test_combine.py::test_one_adapter_s_weight_is_a_dial",
+)
 def add_weighted_adapter(
     model: Model,
     adapters: Sequence[str],

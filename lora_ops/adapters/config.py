@@ -5,10 +5,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..nn.adapter import check_adapter
+from ..registry import method
 
 Targets = Iterable[str] | str | None
 
 
+@method(
+    "Placement",
+    equation="which layers have an adapter, and of which rank and lora_alpha",
+    use='LoraConfig(target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 16})',
+    changes="P",
+    source="Hu et al. 2021, section 7.1; PEFT",
+    test="test_injection.py::test_parameters_of_a_large_llama",
+)
 @dataclass
 class LoraConfig:
     """What `add_lora` does to a model. Names, defaults and meanings are those of PEFT's `LoraConfig`.

@@ -14,6 +14,7 @@ from ..nn.frozen import FrozenWeight
 from ..nn.linear import FusedLoraLinear, is_conv1d
 from ..nn.quantized import check_quant, is_linear4bit
 from ..quant import NF4Weight
+from ..registry import method
 from .config import LoraConfig
 from .kinds import LoraLayer, from_layer, replace_modules
 from .targets import check_replaceable, some, targeted_modules, warn_of_tied_weights
@@ -220,6 +221,15 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     return iter(trainable)
 
 
+@method(
+    "Merging and task switch",
+    equation="W = W0 + s B A; another task: W0 again, then W0 + s B_2 A_2",
+    use="merge_lora(model); unmerge_lora(model)",
+    changes="C",
+    source="Hu et al. 2021, https://arxiv.org/abs/2106.09685",
+    test="test_named_adapters.py::test_switching_a_merged_task_is_a_fresh_merge",
+    note="Subtracting s B A from a merged half-precision weight does not give W0; here W0 itself is kept and put back.",
+)
 def merge_lora(model: Model, to: torch.dtype | None = None) -> Model:
     """Merges every layer's adapter into its weight (`FusedLoraLinear.merge`): all layers, or none if one fails.
 

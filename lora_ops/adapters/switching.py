@@ -9,6 +9,7 @@ from torch import nn
 
 from ..nn.adapter import check_adapter_name
 from ..nn.frozen import FrozenWeight
+from ..registry import method
 from .config import LoraConfig
 from .injection import lora_layers, updated_layers
 from .kinds import LoraLayer, check_variants
@@ -58,6 +59,14 @@ def add_adapter(model: Model, config: LoraConfig, adapter_name: str, *, adapter_
     return model
 
 
+@method(
+    "Pluggable adapters",
+    equation="W0 stays; A and B of a name are added, made active, disabled, forgotten",
+    use='set_adapter(model, "chemistry")',
+    changes="C",
+    source="Hu et al. 2021, https://arxiv.org/abs/2106.09685; PEFT",
+    test="test_named_adapters.py::test_a_model_s_adapters",
+)
 def set_adapter(model: Model, adapter_name: str | Sequence[str]) -> Model:
     """Makes an adapter, or several together, the active one of every layer. They alone train.
 

@@ -34,6 +34,8 @@ class NamedAdapters(FrozenWeight):
         self.use_rslora: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
         self.active_adapters: list[str] = []
+        # (..., n): what multiplies the output of each of the n active adapters, row by row, in their order. None: nothing does.
+        self.adapter_gate: Tensor | None = None
         self._norms: tuple[Any, ...] | None = None
 
     @property
@@ -110,7 +112,7 @@ class NamedAdapters(FrozenWeight):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._check_names(names)
         self._check_not_merged("set_adapter")
-        self.active_adapters = names
+        self.active_adapters, self.adapter_gate = names, None
         for parameters in self.parameter_dicts:
             for name, parameter in parameters.items():
                 parameter.requires_grad_(name in names)
@@ -133,6 +135,7 @@ class NamedAdapters(FrozenWeight):
         for of_all in (self.r, self.lora_alpha, self.lora_dropout, self.use_rslora, self.scaling):
             of_all.pop(adapter_name, None)
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
+        self.adapter_gate = None
 
     def set_scaling(self, adapter_name: str, lora_alpha: float, use_rslora: bool = False) -> None:
         """scaling = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
@@ -233,6 +236,15 @@ class NamedAdapters(FrozenWeight):
             return names, []
         return names[:1], names[1:]
 
+    def _gate(self, x: Tensor, names: Sequence[str]) -> Tensor | None:
+        """`adapter_gate` of these adapters for every row of x, (..., len(names))."""
+        gate = self.adapter_gate
+        if gate is None:
+            return None
+        if len(names) < len(self.active_adapters):
+            gate = gate[..., [self.active_adapters.index(name) for name in names]]
+        return gate.expand(*x.shape[:-1], len(names))
+
     def _bias_with(self, names: Sequence[str]) -> Tensor | None:
         """The layer's bias, and of every adapter with a bias of B that, times its scaling, in fp32 at least."""
         bias = self.bias
@@ -256,7 +268,8 @@ class NamedAdapters(FrozenWeight):
         p = self.lora_dropout[name] if self.training else 0.0
         x = x.to(self.lora_A[name].dtype)
         if name not in self.lora_magnitude_vector:
-            return y + self._low_rank(F.dropout(x, p), name)
+            low_rank, gate = self._low_rank(F.dropout(x, p), name), self._gate(x, [name])
+            return y + (low_rank if gate is None else low_rank * gate)
         c = self.lora_magnitude_vector[name] / self._weight_norm(name)
         if p == 0.0:
             return y + (c - 1) * (y if self.bias is None else y - self.bias) + c * self._low_rank(x, name)

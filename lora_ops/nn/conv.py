@@ -8,11 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..convolution import CONVOLUTIONS, Geometry, convolve, lora_convolve
+from ..registry import method
 from ..stacking import stack
 from .adapter import check_adapter, check_adapter_name
 from .dense import DenseAdapters, check_plain
 
 
+@method(
+    "LoRA of convolutions",
+    equation="y = conv(x, W0) + s conv1x1(conv(x, A), B): A has the windows of W0, B is 1 x 1",
+    use='add_lora(model, LoraConfig(target_modules=["conv1"]))',
+    changes="P",
+    source="PEFT, https://github.com/huggingface/peft",
+    test="test_conv.py::test_merged_is_unmerged",
+    note="microsoft/LoRA's convolutions are another parametrisation: ΔW = (B A) viewed as W0, A (r k, K k), B (N k, r k).",
+)
 class FusedLoraConv(DenseAdapters):
     """Drop-in for `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` with a trainable low-rank update:
     y = W0 * x + scaling · B * (A * drop(x)) + bias, where B's kernel is of size 1.

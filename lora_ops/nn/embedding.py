@@ -7,10 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..embedding import add_low_rank
+from ..registry import method
 from .adapter import check_adapter, check_adapter_name
 from .dense import DenseAdapters, check_plain
 
 
+@method(
+    "LoRA of embeddings",
+    equation="y = E[id] + s A[:, id]ᵀ Bᵀ, A = 0 and B normal at first",
+    use='add_lora(model, LoraConfig(target_modules=["embed_tokens"]))',
+    changes="P",
+    source="Hu et al. 2021, https://arxiv.org/abs/2106.09685; microsoft/LoRA",
+    test="test_embedding.py::test_merging_is_exact_and_leaves_who_shares_the_weight_alone",
+)
 class FusedLoraEmbedding(DenseAdapters):
     """Drop-in for `nn.Embedding` with a trainable low-rank update: y = W0[ids] + scaling · (Aᵀ)[ids] Bᵀ, times `embed_scale`.
 

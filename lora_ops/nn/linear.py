@@ -9,12 +9,39 @@ from ..dora import dora_linear
 from ..functional import lora_linear, qlora_linear
 from ..ops import pack_weight
 from ..quant import NF4Weight
+from ..registry import method
+from ..stacking import rank_gate
 from .adapter import check_adapter, check_adapter_name, version_of
 from .frozen import FrozenWeight
 from .own_weights import OwnWeights
 from .quantized import check_quant, frozen_linear, is_linear4bit, quantised
 
 
+@method(
+    "LoRA",
+    equation="y = x W0ᵀ + s (drop(x) Aᵀ) Bᵀ + bias, s = lora_alpha / r, B = 0 at first",
+    use="add_lora(model, LoraConfig(r=8, lora_alpha=16))",
+    changes="P",
+    source="Hu et al. 2021, https://arxiv.org/abs/2106.09685",
+    test="test_fused_lora_linear.py::test_merged_output_is_the_unmerged_output",
+    note="Its backward is cheaper than full tuning's: ∂L/∂W0 is not computed, which a survey overlooks.",
+)
+@method(
+    "rsLoRA",
+    equation="s = lora_alpha / sqrt(r)",
+    use="add_lora(model, LoraConfig(r=256, use_rslora=True))",
+    changes="P",
+    source="Kalajdzievski 2023, https://arxiv.org/abs/2312.03732",
+    test="test_fused_lora_linear.py::test_rslora_keeps_the_first_step_of_any_rank",
+)
+@method(
+    "LoRA dropout",
+    equation="y = x W0ᵀ + s (drop(x) Aᵀ) Bᵀ: W0 sees all of x",
+    use="add_lora(model, LoraConfig(lora_dropout=0.05))",
+    changes="L",
+    source="Hu et al. 2021, https://arxiv.org/abs/2106.09685",
+    test="test_dropout.py::test_mask_is_the_reference_mask",
+)
 class FusedLoraLinear(OwnWeights):
     """Drop-in for `nn.Linear` with a trainable low-rank update: y = x W0ᵀ + scaling · (drop(x) Aᵀ) Bᵀ + bias.
 
@@ -170,6 +197,9 @@ class FusedLoraLinear(OwnWeights):
             "dropout_p": self.lora_dropout[names[0]],
             "training": self.training,
         }
+        gate = self._gate(x, names)
+        if gate is not None:
+            options["gate"] = rank_gate(gate, [self.r[name] for name in names])
         if names[0] in self.lora_magnitude_vector:
             return dora_linear(x, weight, A, B, self.lora_magnitude_vector[names[0]], **options, base=self._row_norms())
         if isinstance(weight, NF4Weight):
@@ -204,8 +234,15 @@ class FusedLoraLinear(OwnWeights):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles make their own panels and norms.
-        return {**self.__dict__, "_panels": None, "_panels_of": None, "_packed_weight": None, "_norms": None}
+        # Copies and pickles make their own panels and norms, and get their own gate: this one may hang in a graph.
+        return {
+            **self.__dict__,
+            "_panels": None,
+            "_panels_of": None,
+            "_packed_weight": None,
+            "_norms": None,
+            "adapter_gate": None,
+        }
 
 
 def weight_of(linear: nn.Module) -> tuple[Tensor | NF4Weight, Tensor | None]:
