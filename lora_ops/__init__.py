@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  (before _C: the extension shares torch's OpenMP runtime)
 
-from . import reference
+from . import methods, optim, reference
 from ._version import __version__
 from .adapters import (
     Adapter,
@@ -63,7 +63,9 @@ __all__ = [
     "lora_parameters",
     "merge_and_unload",
     "merge_lora",
+    "methods",
     "multi_lora_linear",
+    "optim",
     "pack_weight",
     "qlora_linear",
     "quantize_nf4",
