@@ -63,14 +63,19 @@ class Path:
     adapter: str | None = None  # of a FusedLoraLinear
 
     @property
+    def pair(self) -> nn.Module:
+        """What has lora_A and lora_B, of a FactoredLinear: its provider's `pair`, or the provider."""
+        return getattr(self.layer.factors, "pair", self.layer.factors)
+
+    @property
     def lora_A(self) -> nn.Parameter:
         """(r, K)"""
-        return self.layer.factors.lora_A if self.adapter is None else self.layer.lora_A[self.adapter]
+        return self.pair.lora_A if self.adapter is None else self.layer.lora_A[self.adapter]  # type: ignore[return-value]
 
     @property
     def lora_B(self) -> nn.Parameter:
         """(N, r)"""
-        return self.layer.factors.lora_B if self.adapter is None else self.layer.lora_B[self.adapter]
+        return self.pair.lora_B if self.adapter is None else self.layer.lora_B[self.adapter]  # type: ignore[return-value]
 
     @property
     def gate(self) -> Tensor | None:
@@ -84,7 +89,7 @@ class Path:
 
 def low_rank_paths(model: nn.Module, *, gated: bool = False) -> list[Path]:
     """The paths of the model's `FusedLoraLinear`s, one for each active adapter, and of those of its `FactoredLinear`s whose
-    provider has its A and B as parameters `lora_A` and `lora_B`, each provider once.
+    provider, or its attribute `pair`, has parameters `lora_A` and `lora_B`, each provider once.
 
     Args:
         gated: only those with a gate, a provider's attribute `gate` (r,).
@@ -106,5 +111,6 @@ def _paths(model: nn.Module) -> Iterator[Path]:
             yield from (Path(name, layer, adapter) for adapter in layer.active_adapters)
         elif isinstance(layer, FactoredLinear) and layer.factors not in providers:
             providers.add(layer.factors)
-            if all(isinstance(getattr(layer.factors, factor, None), nn.Parameter) for factor in ("lora_A", "lora_B")):
-                yield Path(name, layer)
+            path = Path(name, layer)
+            if all(isinstance(getattr(path.pair, factor, None), nn.Parameter) for factor in ("lora_A", "lora_B")):
+                yield path

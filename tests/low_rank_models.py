@@ -12,17 +12,21 @@ F64 = torch.float64
 WIDTHS = (12, 16, 16, 6)
 
 
+class Pair(nn.Module):
+    def __init__(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        super().__init__()
+        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+
+
 class Gated(nn.Module):
     """The least provider with a gate."""
 
-    def __init__(self, K: int, N: int, r: int, dtype: torch.dtype = F64) -> None:
+    def __init__(self, pair: Pair, *, gate: Tensor) -> None:
         super().__init__()
-        self.lora_A = nn.Parameter(torch.randn(r, K, dtype=dtype) / K**0.5)
-        self.lora_B = nn.Parameter(torch.randn(N, r, dtype=dtype) / r**0.5)
-        self.gate = nn.Parameter(torch.ones(r, dtype=dtype))
+        self.pair, self.gate = pair, nn.Parameter(gate)
 
     def forward(self, x: Tensor) -> Factors:
-        return Factors(self.lora_A, self.lora_B, self.gate)
+        return Factors(self.pair.lora_A, self.pair.lora_B, self.gate)
 
 
 def mlp(dtype: torch.dtype = F64) -> nn.Sequential:
@@ -33,8 +37,9 @@ def mlp(dtype: torch.dtype = F64) -> nn.Sequential:
 def gated(r: int = 4, dtype: torch.dtype = F64, **options) -> nn.Sequential:
     model = mlp(dtype).requires_grad_(False)
     for i in (0, 2, 4):
-        linear = model[i]
-        model[i] = lora_ops.FactoredLinear(linear, Gated(linear.in_features, linear.out_features, r, dtype), **options)
+        K, N = model[i].in_features, model[i].out_features
+        A, B = torch.randn(r, K, dtype=dtype) / K**0.5, torch.randn(N, r, dtype=dtype) / r**0.5
+        model[i] = lora_ops.FactoredLinear(model[i], Gated(Pair(A, B), gate=torch.ones(r, dtype=dtype)), **options)
     return model
 
 

@@ -18,8 +18,8 @@ SCORES = {"gradient": gradient_magnitude, "sensitivity": sensitivity}
     changes="PL",
     source="Liu et al. 2024, https://arxiv.org/abs/2403.13269",
     test="test_training.py::test_aflora_freezes_for_good",
-    note="The official code scores |∂L/∂p|, where AdaLoRA, from which it has mean and uncertainty, scores |p ∂L/∂p|; computes a "
-    "scaling that it does not use; and freezes A and B of square layers from the start.",
+    note="The official code scores |∂L/∂p|, where AdaLoRA, from which it has mean and uncertainty, scores |p ∂L/∂p|; computes "
+    "a scaling that it does not use; and freezes A and B of square layers from the start.",
 )
 class AFLoRA(TrainingMethod):
     """Freezes A's and B's whole, while gates and output vectors train on.

@@ -25,7 +25,7 @@ class ALoRA(TrainingMethod):
     turn, to those paths that have lost the fewest. Every path keeps its best rank, so that the sum of ranks is constant.
 
     Args:
-        model: gated paths, their gates 1. `attach` the optimiser, if it has moments.
+        model: gated paths, their gates 1. Needs `attach`.
         score: S, larger is better, of the model as it is, as minus the loss on a small batch. Called 2 Σ r + 1 times.
         every, first: steps: at first, first + every, ...
         moved: ranks per time.
@@ -74,4 +74,4 @@ class ALoRA(TrainingMethod):
         takers = [i for i, n in enumerate(losses) if n == min(losses)]
         for i, (path, part) in enumerate(zip(self.paths, parts, strict=True)):
             new = sum(takers[j % len(takers)] == i for j in range(sum(losses)))
-            resize_rank(path, ~part.to(path.lora_A.device), new, self.optimizer)
+            resize_rank(path, ~part.to(path.lora_A.device), new, self._attached())

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from ..nn.linear import FusedLoraLinear
 from ..quant import NF4Weight
 from ..training import TrainingMethod, low_rank_paths
+from .ranks import substitute
 
 
 @torch.no_grad()
@@ -109,7 +110,7 @@ class MergeAndRestart(TrainingMethod):
         for path in self.paths:
             adapter = str(path.adapter)
             if self.ranks:
-                _set_rank(path.layer, adapter, self.ranks[min(self.restarts, len(self.ranks)) - 1])
+                _set_rank(path.layer, adapter, self.ranks[min(self.restarts, len(self.ranks)) - 1], self.optimizer)
             self.reinit(path.layer, adapter)
         factors = [p for path in self.paths for p in (path.lora_A, path.lora_B)]
         if self.optimizer is not None:
@@ -127,12 +128,14 @@ class MergeAndRestart(TrainingMethod):
                 p.requires_grad_(i in chosen)
 
 
-def _set_rank(layer: FusedLoraLinear, name: str, r: int) -> None:
-    """New, unfilled factors of that rank in the same parameters."""
+def _set_rank(layer: FusedLoraLinear, name: str, r: int, optimizer: Optimizer | None) -> None:
+    """New, unfilled factors of that rank."""
     if r == layer.r[name]:
         return
-    A, B = layer.lora_A[name], layer.lora_B[name]
-    A.grad = B.grad = None
-    A.data, B.data = A.new_empty(r, layer.in_features), B.new_empty(layer.out_features, r)
+    for factors, shape in ((layer.lora_A, (r, layer.in_features)), (layer.lora_B, (layer.out_features, r))):
+        old = factors[name]
+        factors[name] = nn.Parameter(old.new_empty(shape), old.requires_grad)
+        if optimizer is not None:
+            substitute(optimizer, old, factors[name]).clear()
     layer.r[name] = r
     layer.set_scaling(name, layer.lora_alpha[name], layer.use_rslora[name])

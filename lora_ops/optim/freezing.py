@@ -24,18 +24,10 @@ def freeze(model: nn.Module, *parts: str) -> None:
             p.grad = None
 
 
-@method(
-    "Asymmetric LoRA",
-    equation="y = x W0ᵀ + s (x Aᵀ) Bᵀ, A Aᵀ = I random and frozen, B = 0 at first",
-    use="lora_ops.optim.asymmetric(model)",
-    changes="IO",
-    source="Zhu et al. 2024, https://arxiv.org/abs/2402.16842",
-    test="test_optim.py::test_asymmetric_step_is_a_projected_gradient",
-    note='The official code\'s "V" for A takes columns of the wrong factor of the SVD (Vh[:, :r].T instead of Vh[:r]).',
-)
 @torch.no_grad()
 def asymmetric(model: nn.Module) -> None:
-    """A of every low-rank path becomes random with orthonormal rows, and frozen; B becomes zero, and alone trains.
+    """A of every low-rank path becomes random with orthonormal rows, and frozen; B becomes zero, and alone trains: Asymmetric
+    LoRA (Zhu et al. 2024, https://arxiv.org/abs/2402.16842).
 
     Raises:
         ValueError: no layer with LoRA, or a rank above the layer's inputs, whose rows cannot be orthonormal.
