@@ -50,7 +50,7 @@ def ranks(model) -> list[int]:
 
 
 def adalora_pair(**options):
-    scaling = 8 / float(torch.tensor(float(R)) + 1e-5)  # in fp32, as PEFT's
+    scaling = 8 / (R + 1e-5)
     ours, data = zeroed(gated(R, scaling=scaling), std=0.3), batch()
     base = mlp()
     for i in (0, 2, 4):
@@ -71,7 +71,9 @@ def test_adalora_is_pefts():
     """The same gates are zero after every step, and all parameters stay the same."""
     ours, theirs, data = adalora_pair(target_r=TARGET, tinit=4, tfinal=5, deltaT=3, total_step=STEPS, orth_reg_weight=0.5)
     method = adalora(ours, TARGET, STEPS, initial=4, final=5, every=3)
-    mine, reference = (torch.optim.AdamW(trainable(m), lr=1e-2, weight_decay=0.0) for m in (ours, theirs))
+    mine = torch.optim.AdamW(trainable(ours), lr=1e-2, weight_decay=0.0)
+    factors = [p for name, p in theirs.named_parameters() if "lora_" in name]  # PEFT has the divisor of alpha train, too
+    reference = torch.optim.AdamW(factors, lr=1e-2, weight_decay=0.0)
     seen = []
     for step in range(1, STEPS + 1):
         train(ours, mine, data, 1, method, first=step)

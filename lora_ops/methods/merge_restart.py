@@ -14,8 +14,8 @@ from .ranks import substitute
 
 @torch.no_grad()
 def reset_moments(optimizer: Optimizer, parameters: Iterable[nn.Parameter], share: float = 1.0, by: str = "random") -> None:
-    """Forgets an optimiser's state of these parameters: all of it, or a share of the moments' elements, at "random" or the
-    smallest in "magnitude", the count of steps left as it is.
+    """Forgets an optimiser's state of these parameters: all of it, or a share of the elements, at "random" or those whose first
+    moment is smallest in "magnitude". The other elements keep all their moments, and the count of steps.
 
     Raises:
         ValueError: an argument out of its range.
@@ -27,10 +27,13 @@ def reset_moments(optimizer: Optimizer, parameters: Iterable[nn.Parameter], shar
     for p in parameters:
         if share == 1:
             optimizer.state.pop(p, None)
-        for moment in optimizer.state[p].values() if p in optimizer.state else ():
-            if isinstance(moment, Tensor) and moment.shape == p.shape:
-                size = torch.rand_like(moment) if by == "random" else moment.abs()
-                moment.view(-1)[size.view(-1).topk(int(share * moment.numel()), largest=False).indices] = 0.0
+        state = optimizer.state[p].values() if p in optimizer.state else ()
+        moments = [t for t in state if isinstance(t, Tensor) and t.shape == p.shape]
+        if moments:  # one choice for all: a first moment without its second would be a step without bound
+            size = torch.rand_like(moments[0]) if by == "random" else moments[0].abs()
+            forgotten = size.view(-1).topk(int(share * p.numel()), largest=False).indices
+            for moment in moments:
+                moment.view(-1)[forgotten] = 0.0
 
 
 @torch.no_grad()

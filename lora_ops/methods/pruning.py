@@ -69,6 +69,7 @@ class Pruner(TrainingMethod):
         return masks
 
 
+@torch.enable_grad()
 def hessian_gradient(parameters: Sequence[Tensor], loss: Callable[[], Tensor], eps: float = 1e-3) -> list[Tensor]:
     """p ∘ H g, g = ∇L, as GraSP scores (Wang et al. 2020, https://arxiv.org/abs/2002.07376): without what is large, the norm of
     the gradient falls. H g is (∇L(p + h g) - ∇L(p - h g)) / 2 h with h = eps / ‖g‖."""
@@ -91,6 +92,7 @@ def synaptic_flow(model: nn.Module, x: Tensor) -> Callable[[Sequence[Tensor]], l
     """A score of parameters, |p · ∂R/∂p| with R the sum of the model's outputs for ones of x's shape, every parameter replaced
     by its magnitude (Tanaka et al. 2020, https://arxiv.org/abs/2006.05467)."""
 
+    @torch.enable_grad()
     def score(parameters: Sequence[Tensor]) -> list[Tensor]:
         named = {name: p.detach().abs().requires_grad_(p.requires_grad) for name, p in model.named_parameters()}
         total = torch.func.functional_call(model, named, (torch.ones_like(x),)).sum()

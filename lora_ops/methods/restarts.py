@@ -17,8 +17,8 @@ from .merge_restart import MergeAndRestart
     changes="L",
     source="Lialin et al. 2023, https://arxiv.org/abs/2307.05695",
     test="test_restarts.py::test_rank_grows_with_every_restart",
-    note="The official code's path that keeps the original weights makes A and B zero: no gradient ever after. It also resets "
-    "a scaling that trains to 0.",
+    note="The official code prunes first and second moments independently: where a first one alone is left, and A's gradient "
+    "is 0 after the merge, the step is m / eps. Its path that keeps the original weights makes A and B zero: no gradient ever.",
 )
 def relora(model: nn.Module, every: int = 5000, *, forget: float = 0.999, forget_by: str = "random") -> MergeAndRestart:
     """`MergeAndRestart` that prunes nearly all moments: 0.999 of them at random, or 0.9 by magnitude. Beside it, a learning
