@@ -64,7 +64,7 @@ def test_drop_backward_in_a_model_of_ones_own():
 
 
 def test_rates_are_what_is_dropped():
-    model, x = Residual(2), torch.randn(4, WIDTH)
+    model, x = Residual(2), torch.randn(4, WIDTH, requires_grad=True)
     DropBP(model.branches, [0.25, 0.75], generator=torch.Generator().manual_seed(0))
     dropped = [0, 0]
     for _ in range(400):

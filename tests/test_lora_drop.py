@@ -38,7 +38,7 @@ def square(shares):
     [(0.9, ["2", "0", "4", "1"]), (0.84, ["2", "0", "4"]), (0.3, ["2"]), (1.0, ["2", "0", "4", "1", "3"])],
 )
 def test_shares_what_does_little(threshold, kept):
-    """The smallest set of the most important layers that reaches the threshold keeps its own; the others have the same A and B."""
+    """The smallest set of the most important layers that reaches the threshold keeps its own; the others share one."""
     model, run = square([0.25, 0.1, 0.4, 0.05, 0.2])
     assert lora_drop(model, run, threshold) == kept
     own = [model[int(i)].lora_A["default"] for i in kept]

@@ -93,7 +93,8 @@ def test_aflora_freezes_for_good(score):
                 frozen.setdefault(i, p.detach().clone())
         counts.append(len(frozen))
     assert counts == sorted(counts)
-    assert counts[2] == 0 < counts[7] < counts[13] == 6
+    assert (counts[2], counts[13]) == (0, 6)
+    assert len(set(counts)) > 2  # not all at once
     after = [layer.factors.gate for layer in layers(model)]
     assert all(not torch.equal(a, b) for a, b in zip(gates, after, strict=True))
     with pytest.raises(ValueError, match="score"):
@@ -137,6 +138,8 @@ def test_the_trainer_is_the_loop(tmp_path):
     """A method in the Trainer and in a loop of one's own: the same weights."""
     torch.manual_seed(0)
     ours, theirs = (lora_ops.add_lora(llama(), lora_ops.LoraConfig(r=R, target_modules=["q_proj", "v_proj"])) for _ in range(2))
+    for path in low_rank_paths(ours):
+        torch.nn.init.normal_(path.lora_B, std=0.1)
     theirs.load_state_dict(ours.state_dict())
     optimizers = [torch.optim.AdamW(trainable(m), lr=1e-2, weight_decay=0.0) for m in (ours, theirs)]
     method = roselora(ours, 0.5, 4)

@@ -35,7 +35,8 @@ def _drawn(p: float, generator: torch.Generator | None) -> bool:
 )
 class DropBP(TrainingMethod):
     """Runs each branch of residual blocks without gradient at random, anew in every training forward, so that it saves nothing
-    for the backward either. Outputs do not change.
+    for the backward either. Outputs do not change. Where all that trains was dropped, the loss requires no gradient: leave such
+    a step out.
 
     Args:
         branches: modules whose output is added to what goes around them (of a transformer: attention, MLP), each used once.

@@ -16,7 +16,7 @@ class Importance:
     Args:
         score: the tensors of I at present.
         beta1, beta2: in [0, 1).
-        combine: what makes `value()` of the smoothed tensors, None: nothing.
+        combine: what makes `value()` of the smoothed tensors, which are in fp32 at least. None: nothing.
 
     Raises:
         ValueError: a beta out of its range.
@@ -40,7 +40,10 @@ class Importance:
     def update(self) -> None:
         scores = self.score()
         if not self._mean:
-            self._mean, self._uncertainty = ([torch.zeros_like(s) for s in scores] for _ in range(2))
+            wide = [torch.promote_types(s.dtype, torch.float32) for s in scores]
+            self._mean, self._uncertainty = (
+                [torch.zeros_like(s, dtype=d) for s, d in zip(scores, wide, strict=True)] for _ in range(2)
+            )
         for s, mean, uncertainty in zip(scores, self._mean, self._uncertainty, strict=True):
             mean.mul_(self.beta1).add_(s, alpha=1 - self.beta1)
             if self.beta2 is not None:
