@@ -212,7 +212,8 @@ def test_importance_smooths():
 def test_pruned_gates_come_back_until_the_last_step():
     model, data = gated(R), batch()
     paths = low_rank_paths(model)
-    importance = Importance(lambda: component_norms(paths), 0.9)
+    scored = []
+    importance = Importance(lambda: scored.append(step) or component_norms(paths), 0.9)
     method = Allocator(paths, importance, CubicSchedule(3 * R, R, 0, 6, 4))
     optimizer, seen = torch.optim.SGD(trainable(model), lr=0.1), []
     for step in range(1, 9):
@@ -221,6 +222,7 @@ def test_pruned_gates_come_back_until_the_last_step():
     assert seen[:3] == [3 * R] * 3
     assert seen[3] < seen[4] == 3 * R
     assert seen[5:] == [R] * 3
+    assert scored == [1, 2, 3, 4, 5]  # as PEFT, not at the last step
 
 
 def test_sora_takes_the_proximal_step():

@@ -13,6 +13,7 @@ R = 4
 
 def test_energy_is_that_of_lora_s_outputs():
     model, (x, _) = plain(R, lora_alpha=12), batch()
+    layers(model)[1].set_scaling("default", 4)
     energy = output_energy(model, lambda: [model(x[:20]), model(x[20:])])
     expected, h = [], x
     for layer, act in zip(layers(model), (model[1], model[3], nn.Identity()), strict=True):

@@ -46,6 +46,7 @@ def test_sparse_adapter_stays_sparse():
     assert scores[zero].max() <= scores[~zero].min()
     train(model, optimizer, data, 5, method, first=4)
     assert torch.equal(zero, torch.cat([p.detach().view(-1) == 0 for p in factors(model)]))
+    assert not torch.cat([p.grad.view(-1) for p in factors(model)])[zero].any()  # nor does momentum gather for them
 
 
 @pytest.mark.parametrize("score", ["rand", "mag", "grasp", "synflow"])
