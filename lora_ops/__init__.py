@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  (before _C: the extension shares torch's OpenMP runtime)
 
-from . import compose, factors, init, reference
+from . import compose, factors, init, methods, optim, reference
 from ._version import __version__
 from .adapters import (
     Adapter,
@@ -73,7 +73,9 @@ __all__ = [
     "lora_parameters",
     "merge_and_unload",
     "merge_lora",
+    "methods",
     "multi_lora_linear",
+    "optim",
     "pack_weight",
     "pad_adapter",
     "qlora_linear",
