@@ -183,9 +183,9 @@ def test_combinations_are_of_what_adapters_add_to_the_original_weight() -> None:
     y0 = model(x)
     lora_ops.add_lora(model, LoraConfig(r=R, target_modules=["0"], init_lora_weights="pissa"))
     trained(model)
-    lora_ops.add_weighted_adapter(model, ["default"], [0.5], "halves", "cat")
+    lora_ops.add_weighted_adapter(model, ["default"], [0.5], "other", "cat")
     y = model(x)
-    lora_ops.set_adapter(model, "halves")
+    lora_ops.set_adapter(model, "other")
     assert nearness(model(x) - y0, (y - y0) / 2) < 1e-5
 
 
