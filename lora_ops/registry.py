@@ -56,3 +56,17 @@ def method(name: str, *, equation: str, use: str, changes: str, source: str, tes
 def methods() -> dict[str, Method]:
     """All of them, by name."""
     return dict(_METHODS)
+
+
+# Systems that the package leaves out on purpose, and why.
+BY_DESIGN = {
+    "HiddenKey": "drops attention logits and hidden states of a feed-forward block: no low-rank product takes part",
+    "LongLoRA's shifted sparse attention": "an attention kernel; what it trains besides, embeddings and norms, is above",
+    "LoRAPrune's surgery": "cutting heads and channels out is particular to each model; its criterion is above",
+    "LQ-LoRA's integer program": "the exact dynamic program over bits needs no solver",
+    "Adapter, Prefix, Prompt, P-tuning, AdaptionPrompt, CPT": "tokens or serial networks of their own beside the model",
+    "BitFit, norm tuning, Diff Pruning": "train or mask weights that are there: nothing to fuse",
+    "OFT, BOFT, HRA, Bone, FourierFT, LoHa, LoKr, RandLoRA": "other algebra: rotations, Hadamard, Kronecker, Fourier",
+    "GPTQ, AWQ, AQLM, EETQ, HQQ, torchao, Megatron": "formats of weights that others own",
+    "MaLoRA, LongRA": "only their names were found",
+}

@@ -177,6 +177,5 @@ def test_what_the_registry_says_exists():
             needs_gates = "P" in m.changes
             model, x = gated(R) if needs_gates else plain(R), batch()[0]
             optimizer, linear = torch.optim.SGD(trainable(model), lr=0.1), torch.nn.Linear(4, 4)
-            exec(
-                m.use, {"torch": torch, "lora_ops": lora_ops, "model": model, "x": x, "optimizer": optimizer, "linear": linear}
-            )
+            names = {"torch": torch, "model": model, "x": x, "optimizer": optimizer, "linear": linear}
+            exec(m.use, {**vars(lora_ops), **names})

@@ -14,7 +14,7 @@ from ..stacking import rank_gate, stack
 @method(
     "AM-LoRA",
     equation="y = x W0ᵀ + Σ_k g_k h_k, h_k = s_k (x A_kᵀ) B_kᵀ and h_0 = 0, g = softmax(e), e_k = w_k · h_k",
-    use="FactoredLinear(linear, AttentionalMixture([of_task_1, of_task_2]))",
+    use="FactoredLinear(linear, compose.AttentionalMixture([of_task_1, of_task_2]))",
     changes="C",
     source="Liu et al. 2024, https://arxiv.org/abs/2409.19611",
     test="test_mixture.py::test_attention_weighs_what_adapters_add",

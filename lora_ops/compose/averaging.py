@@ -16,7 +16,7 @@ Tensors = Mapping[str, Tensor]
 @method(
     "Task arithmetic",
     equation="θ = θ0 + λ Σ_k (θ_k - θ0); of adapters, combine(adapters, [λ] * n, 'cat')",
-    use="model.load_state_dict(task_arithmetic(pretrained, [tuned_1, tuned_2]))",
+    use="model.load_state_dict(compose.task_arithmetic(pretrained, [tuned_1, tuned_2]))",
     changes="C",
     source="Ilharco et al. 2022, https://arxiv.org/abs/2212.04089",
     test="test_averaging.py::test_task_arithmetic_of_adapters_is_their_cat",
@@ -40,7 +40,7 @@ def task_arithmetic(pretrained: Tensors, tuned: Sequence[Tensors], scaling: floa
 @method(
     "BYOM-FFT",
     equation="θ_k ≈ θ* + (θ_k - θ*) where |θ_k - θ*| is among the largest m % of all, else θ*",
-    use="rest = sparse_rest(merged, tuned_1, density=0.1)",
+    use="rest = compose.sparse_rest(merged, tuned_1, density=0.1)",
     changes="C",
     source="Jiang et al. 2023, https://arxiv.org/abs/2310.01886",
     test="test_averaging.py::test_the_sparse_rest_restores_what_merging_lost",

@@ -14,7 +14,7 @@ from .routing import mean_hidden_state
 @method(
     "Token-Level Adaptation",
     equation="g = softmax(c), c_k = cos(embedding of the tokens so far, centroid_k), the largest c_k times 4",
-    use='add_router(model, ["law", "chemistry"], CentroidRouter(centroids))',
+    use='compose.add_router(model, ["law", "chemistry"], compose.CentroidRouter(centroids))',
     changes="C",
     source="Belofsky 2023, https://arxiv.org/abs/2311.10847",
     test="test_centroids.py::test_token_level_weights",
@@ -59,7 +59,7 @@ class CentroidRouter(nn.Module):
 @method(
     "CoLoR",
     equation="W = W0 + s B_k A_k, k the adapter that has the prototype nearest to the input's features",
-    use='add_router(model, ["law", "chemistry"], PrototypeRouter([kmeans(law, 5), kmeans(chemistry, 5)]))',
+    use='compose.add_router(model, ["law", "chemistry"], compose.PrototypeRouter([compose.kmeans(x, 5) for x in inputs]))',
     changes="C",
     source="Wistuba et al. 2023, https://arxiv.org/abs/2311.17601",
     test="test_centroids.py::test_prototypes_choose_as_a_mixed_batch",

@@ -78,7 +78,7 @@ class TernaryTensors:
 @method(
     "ComPEFT",
     equation="τ → α std(τ) sign(τ) where |τ| is among the largest k of all elements, else 0; τ: all of an adapter's A and B",
-    use='compress(adapter_tensors(model), density=0.2).save("adapter.ternary.safetensors")',
+    use='compose.compress(compose.adapter_tensors(model), density=0.2).save("adapter.ternary.safetensors")',
     changes="CQ",
     source="Yadav et al. 2023, https://arxiv.org/abs/2311.13171",
     test="test_compeft.py::test_ternary_with_one_scale",

@@ -12,7 +12,7 @@ from .averaging import Tensors, check_states, wide
 @method(
     "Fisher merging",
     equation="θ = Σ_k λ_k F_k ∘ θ_k / Σ_k λ_k F_k, F the mean square of the gradient of log p",
-    use="model.load_state_dict(fisher_merge([tuned_1, tuned_2], [fisher_1, fisher_2]))",
+    use="model.load_state_dict(compose.fisher_merge([tuned_1, tuned_2], [fisher_1, fisher_2]))",
     changes="CD",
     source="Matena and Raffel 2021, https://arxiv.org/abs/2111.09832",
     test="test_averaging.py::test_fisher_merge",

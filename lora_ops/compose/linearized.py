@@ -18,7 +18,7 @@ Model = TypeVar("Model", bound=nn.Module)
 @method(
     "L-LoRA",
     equation="y = x W0ᵀ + s [(x A0ᵀ) Bᵀ + (x (A - A0)ᵀ) B0ᵀ]: f(θ0) + J(θ0)(θ - θ0) of θ = (A, B)",
-    use="linearize(model)",
+    use="compose.linearize(model)",
     changes="P",
     source="Tang et al. 2023, https://arxiv.org/abs/2310.04742",
     test="test_linearized.py::test_is_the_first_order_taylor_expansion",

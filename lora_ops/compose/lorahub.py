@@ -73,7 +73,7 @@ def search_weights(
 @method(
     "LoRAHub",
     equation="ΔW = s (Σ w_k B_k)(Σ w_k A_k), w = argmin loss + 0.05 mean |w| within ±1.5, without gradients",
-    use='lorahub(model, ["law", "chemistry"], "both", loss)',
+    use='compose.lorahub(model, ["law", "chemistry"], "both", loss)',
     changes="C",
     source="Huang et al. 2023, https://arxiv.org/abs/2307.13269",
     test="test_lorahub.py::test_composes_with_cross_terms",

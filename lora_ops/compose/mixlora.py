@@ -19,7 +19,7 @@ _LAYERS = ("gate_proj", "up_proj", "down_proj")
 @method(
     "MixLoRA (TUDB-Labs)",
     equation="y = Σ_e g_e FFN_e(x), of the top 2 of softmax(x W_gᵀ), FFN_e with W0 + s B_e A_e in each of its three layers",
-    use="add_mixlora(model, num_experts=8, top_k=2)",
+    use="compose.add_mixlora(model, num_experts=8, top_k=2)",
     changes="P",
     source="Li et al. 2024, https://arxiv.org/abs/2404.15159",
     test="test_mixlora.py::test_is_the_weighted_sum_of_its_experts",

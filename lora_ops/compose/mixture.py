@@ -43,7 +43,7 @@ class SoftmaxRouter(nn.Module):
 @method(
     "MoLORA",
     equation="y = x W0ᵀ + s Σ_k g_k (x A_kᵀ) B_kᵀ, g = softmax(x W_gᵀ) per token",
-    use="FactoredLinear(linear, LoraMixture.of(linear, num_experts=8, r=2), scaling=16 / 2)",
+    use="FactoredLinear(linear, compose.LoraMixture.of(linear, num_experts=8, r=2), scaling=16 / 2)",
     changes="P",
     source="Zadouri et al. 2023, https://arxiv.org/abs/2309.05444",
     test="test_mixture.py::test_is_the_weighted_sum_of_its_experts",
@@ -51,7 +51,7 @@ class SoftmaxRouter(nn.Module):
 @method(
     "HydraLoRA",
     equation="y = x W0ᵀ + s Σ_k g_k (x Aᵀ) B_kᵀ, one A, g = softmax(x W_gᵀ) per token",
-    use="FactoredLinear(linear, LoraMixture.of(linear, num_experts=3, r=8, shared_A=True), scaling=32 / 8)",
+    use="FactoredLinear(linear, compose.LoraMixture.of(linear, num_experts=3, r=8, shared_A=True), scaling=32 / 8)",
     changes="P",
     source="Tian et al. 2024, https://arxiv.org/abs/2404.19245",
     test="test_mixture.py::test_is_the_weighted_sum_of_its_experts",
@@ -125,7 +125,7 @@ def load_balancing_loss(gate: Tensor, chosen: Tensor) -> Tensor:
 @method(
     "MoV",
     equation="y = z ∘ Σ_k g_k l_k, z = x W0ᵀ + bias, g = softmax(z W_gᵀ) per token",
-    use="MixtureOfVectors(linear, num_experts=8)",
+    use="compose.MixtureOfVectors(linear, num_experts=8)",
     changes="P",
     source="Zadouri et al. 2023, https://arxiv.org/abs/2309.05444",
     test="test_mixture.py::test_vectors_scale_the_output",

@@ -17,7 +17,7 @@ Model = TypeVar("Model", bound=nn.Module)
 @method(
     "Poly",
     equation="y = x W0ᵀ + 1/r (x (Σ_k w_k A_k)ᵀ) (Σ_k w_k B_k)ᵀ + bias, w of the sequence's task; in slices (MHR) of K and N",
-    use="PolyLinear(linear, n_tasks=4)",
+    use="compose.PolyLinear(linear, n_tasks=4)",
     changes="P",
     source="Ponti et al. 2022, https://arxiv.org/abs/2202.13914; MHR: Caccia et al. 2022, https://arxiv.org/abs/2211.03831",
     test="test_poly.py::test_outputs_are_peft_s",

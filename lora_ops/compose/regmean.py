@@ -13,7 +13,7 @@ from .averaging import Tensors, check_states, each_tensor
 @method(
     "RegMean",
     equation="W = (Σ_k W_k G_k) (Σ_k G_k)⁻¹, G_k = X_kᵀ X_k with its off-diagonal times 0.9",
-    use="model.load_state_dict(regmean([tuned_1, tuned_2], [grams_1, grams_2]))",
+    use="model.load_state_dict(compose.regmean([tuned_1, tuned_2], [grams_1, grams_2]))",
     changes="CD",
     source="Jin et al. 2022, https://arxiv.org/abs/2212.09849",
     test="test_averaging.py::test_regmean_is_the_joint_least_squares_solution",

@@ -91,7 +91,7 @@ class XLoraRouter(nn.Module):
 @method(
     "X-LoRA",
     equation="y = x W0ᵀ + Σ_k g_k s_k (x A_kᵀ) B_kᵀ, g = softmax(MLP(h)) per token (and layer), h from a pass without adapters",
-    use='add_xlora(model, ["law", "chemistry"])',
+    use='compose.add_xlora(model, ["law", "chemistry"])',
     changes="C",
     source="Buehler and Buehler 2024, https://arxiv.org/abs/2402.07148",
     test="test_xlora.py::test_outputs_are_peft_s",

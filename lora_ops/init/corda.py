@@ -10,7 +10,7 @@ from .base import Initial, check_rank, initialisation, split
 @method(
     "CorDA",
     equation="W0 C = U S Vᵀ, V̂ᵀ = Vᵀ C⁻¹; A = √(S/s) V̂ᵀ, B = U √(S/s) of the first (IPM) or last (KPM) r, W0 ← W0 − s B A",
-    use='lora_ops.init.initialize(model, "corda", batches, corda_method="kpm")',
+    use='init.initialize(model, "corda", batches, corda_method="kpm")',
     changes="ID",
     source="Yang et al. 2024, https://arxiv.org/abs/2406.05223",
     test="test_init_data.py::test_corda_is_peft_s",

@@ -58,7 +58,7 @@ class IncrementalPCA:
 @method(
     "EVA",
     equation="A = the r principal directions of the inputs, B = 0; ranks by explained variance, their sum fixed",
-    use='lora_ops.init.initialize(model, "eva", batches, rho=2.0)',
+    use='init.initialize(model, "eva", batches, rho=2.0)',
     changes="ID",
     source="Paischer et al. 2024, https://arxiv.org/abs/2410.07170",
     test="test_init_data.py::test_eva_s_subspaces_and_ranks_are_peft_s",

@@ -13,7 +13,7 @@ DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 @method(
     "LoRA-GA",
     equation="G = ∂L/∂W0 = U S Vᵀ; A = k V[:, :r]ᵀ, B = k U[:, r:2r], k = N^¼ / √γ, W0 ← W0 − s B A, s = α / √r",
-    use='lora_ops.init.initialize(model, "lora_ga", batches)',
+    use='init.initialize(model, "lora_ga", batches)',
     changes="ID",
     source="Wang et al. 2024, https://arxiv.org/abs/2407.05000",
     test="test_init_lora_ga.py::test_the_first_step_is_full_fine_tuning_s_best_of_rank_2r",

@@ -17,7 +17,7 @@ Quantize = Callable[[Tensor], NF4Weight]
 @method(
     "LoftQ",
     equation="T times: Q = nf4(W0 − s B A), s B A = SVD_r(W0 − Q); the weight is Q",
-    use='lora_ops.add_lora(model, lora_ops.LoraConfig(target_modules="all-linear", init_lora_weights="loftq"), quant="nf4")',
+    use='add_lora(model, LoraConfig(target_modules="all-linear", init_lora_weights="loftq"), quant="nf4")',
     changes="IQ",
     source="Li et al. 2023, https://arxiv.org/abs/2310.08659",
     test="test_init_quantised.py::test_loftq_is_peft_s_but_for_the_scaling",
@@ -51,7 +51,7 @@ def loftq(weight: Tensor, r: int, scaling: float, *, loftq_iter: int = 1, quanti
 @method(
     "QPiSSA",
     equation="s B A = SVD_r(W0), Q = nf4(W0 − s B A); T − 1 times: s B A = SVD_r(W0 − Q), Q = nf4(W0 − s B A)",
-    use='lora_ops.add_lora(model, lora_ops.LoraConfig(target_modules="all-linear", init_lora_weights="pissa"), quant="nf4")',
+    use='add_lora(model, LoraConfig(target_modules="all-linear", init_lora_weights="pissa"), quant="nf4")',
     changes="IQ",
     source="Meng et al. 2024, https://arxiv.org/abs/2404.02948",
     test="test_init_quantised.py::test_qpissa_loses_less_than_qlora",
@@ -82,7 +82,7 @@ def qpissa(weight: Tensor, r: int, scaling: float, *, iterations: int = 1, quant
 @method(
     "LQER",
     equation="Q = nf4(W0), s B A = SVD_r((W0 − Q) diag(a)) diag(a)⁻¹, a = mean |x|",
-    use='lora_ops.init.initialize(model, "lqer", batches, quant="nf4")',
+    use='init.initialize(model, "lqer", batches, quant="nf4")',
     changes="DQ",
     source="Zhang et al. 2024, https://arxiv.org/abs/2402.02446",
     test="test_init_quantised.py::test_lqer_repairs_what_the_inputs_see",
@@ -120,7 +120,7 @@ def lqer(
 @method(
     "LQ-LoRA",
     equation="in turn: s B A = argmin ‖√F ∘ (W0 − Q − s B A)‖ for F ≈ f_rows f_colsᵀ, Q = nf4(W0 − s B A), while it falls",
-    use='lora_ops.init.initialize(model, "lq_lora", batches, quant="nf4", bits=4.2)',
+    use='init.initialize(model, "lq_lora", batches, quant="nf4", bits=4.2)',
     changes="IDQ",
     source="Guo et al. 2023, https://arxiv.org/abs/2311.12023",
     test="test_init_quantised.py::test_lq_lora_is_the_best_for_a_fisher_matrix_of_rank_one",

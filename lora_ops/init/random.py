@@ -28,7 +28,7 @@ def gaussian(weight: Tensor, r: int, scaling: float, *, generator: torch.Generat
 @method(
     "Init[A]",
     equation="A ~ N(0, 1/K), B = 0",
-    use='lora_ops.add_lora(model, lora_ops.LoraConfig(target_modules="all-linear", init_lora_weights="init_a"))',
+    use='add_lora(model, LoraConfig(target_modules="all-linear", init_lora_weights="init_a"))',
     changes="I",
     source=_SOURCE,
     test="test_init_random.py::test_one_factor_is_zero_and_the_other_gets_the_first_gradient",
@@ -43,7 +43,7 @@ def init_a(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator
 @method(
     "Init[B]",
     equation="A = 0, B ~ N(0, 1/r)",
-    use='lora_ops.add_lora(model, lora_ops.LoraConfig(target_modules="all-linear", init_lora_weights="init_b"))',
+    use='add_lora(model, LoraConfig(target_modules="all-linear", init_lora_weights="init_b"))',
     changes="I",
     source=_SOURCE,
     test="test_init_random.py::test_one_factor_is_zero_and_the_other_gets_the_first_gradient",
@@ -58,7 +58,7 @@ def init_b(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator
 @method(
     "Offset",
     equation="A ~ N(0, 1/K), B ~ N(0, 1/r), W0 ← W0 − s B A",
-    use='lora_ops.add_lora(model, lora_ops.LoraConfig(target_modules="all-linear", init_lora_weights="offset"))',
+    use='add_lora(model, LoraConfig(target_modules="all-linear", init_lora_weights="offset"))',
     changes="I",
     source="survey; PiSSA's offset with random factors",
     test="test_init_random.py::test_an_offset_leaves_the_output_where_it_was",
@@ -74,7 +74,7 @@ def offset(weight: Tensor, r: int, scaling: float, *, generator: torch.Generator
 @method(
     "Orthogonal",
     equation="A = Q₁ᵀ Z₁ᵀ / 10, B = Z₂ᵀ Q₂ / 10, Q₁ and Q₂ the odd and even rows of an orthogonal Q (r, r): B A = 0",
-    use='lora_ops.add_lora(model, lora_ops.LoraConfig(target_modules="all-linear", init_lora_weights="orthogonal"))',
+    use='add_lora(model, LoraConfig(target_modules="all-linear", init_lora_weights="orthogonal"))',
     changes="I",
     source="PEFT; https://datta0.github.io/posts/rethink-lora-init/",
     test="test_init_random.py::test_orthogonal_is_peft_s",

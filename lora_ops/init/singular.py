@@ -12,7 +12,7 @@ from .low_rank import low_rank
 @method(
     "PiSSA",
     equation="W0 = U S Vᵀ; A = √(S_r/s) V_rᵀ, B = U_r √(S_r/s), W0 ← W0 − s B A",
-    use='lora_ops.add_lora(model, lora_ops.LoraConfig(target_modules="all-linear", init_lora_weights="pissa_niter_4"))',
+    use='add_lora(model, LoraConfig(target_modules="all-linear", init_lora_weights="pissa_niter_4"))',
     changes="I",
     source="Meng et al. 2024, https://arxiv.org/abs/2404.02948",
     test="test_init_singular.py::test_pissa_is_peft_s",
@@ -40,7 +40,7 @@ def pissa(
 @method(
     "MiLoRA",
     equation="as PiSSA, of the r smallest singular values",
-    use='lora_ops.add_lora(model, lora_ops.LoraConfig(target_modules="all-linear", init_lora_weights="milora"))',
+    use='add_lora(model, LoraConfig(target_modules="all-linear", init_lora_weights="milora"))',
     changes="I",
     source="Wang et al. 2024, https://arxiv.org/abs/2406.09044",
     test="test_init_singular.py::test_milora_leaves_the_principal_part",
@@ -61,7 +61,7 @@ def milora(weight: Tensor, r: int, scaling: float) -> Initial:
 @method(
     "OLoRA",
     equation="W0 = Q R; A = R_r, B = Q_r, W0 ← W0 − s B A",
-    use='lora_ops.add_lora(model, lora_ops.LoraConfig(target_modules="all-linear", init_lora_weights="olora"))',
+    use='add_lora(model, LoraConfig(target_modules="all-linear", init_lora_weights="olora"))',
     changes="I",
     source="Büyükakyüz 2024, https://arxiv.org/abs/2406.01775",
     test="test_init_singular.py::test_olora_is_peft_s",
@@ -95,7 +95,7 @@ def lora_xs(weight: Tensor, r: int, scaling: float, *, generator: torch.Generato
 @method(
     "LoRA-XS",
     equation="y = x W0ᵀ + s ((x Aᵀ) R) Bᵀ, A and B frozen singular vectors of W0, R (r, r) trains",
-    use="lora_ops.FactoredLinear(linear, lora_ops.init.LoraXS(linear.weight, r=8), scaling=16 / 8)",
+    use="FactoredLinear(linear, init.LoraXS(linear.weight, r=8), scaling=16 / 8)",
     changes="PI",
     source="Bałazy et al. 2024, https://arxiv.org/abs/2405.17604",
     test="test_init_singular.py::test_lora_xs_trains_a_core_between_singular_vectors",

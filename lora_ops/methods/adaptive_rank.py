@@ -13,7 +13,7 @@ from .regularizers import Regularizer, factor_variance, mean_magnitude, orthogon
 @method(
     "AdaLoRA",
     equation="y = x W0ᵀ + s ((x Aᵀ) ∘ E) Bᵀ, E of all but the b(step) most important triplets zero; + λ ‖A Aᵀ - I‖, ‖Bᵀ B - I‖",
-    use="method = lora_ops.methods.adalora(model, target_r=4, total_steps=1000, initial=100, final=200)",
+    use="method = methods.adalora(model, target_r=4, total_steps=1000, initial=100, final=200)",
     changes="PL",
     source="Zhang et al. 2023, https://arxiv.org/abs/2303.10512",
     test="test_adaptive_rank.py::test_adalora_is_pefts",
@@ -68,7 +68,7 @@ def adalora(
 @method(
     "DoRA (dynamic low-rank)",
     equation="ΔW = s Σ c_k b_k a_kᵀ, c = 0 at first; ranks with small ‖c_k b_k a_kᵀ‖ / ‖ΔW‖ pruned",
-    use="method = lora_ops.methods.dynamic_dora(model, target_r=4, total_steps=1000)",
+    use="method = methods.dynamic_dora(model, target_r=4, total_steps=1000)",
     changes="PL",
     source="Mao et al. 2024, https://arxiv.org/abs/2405.17357",
     test="test_adaptive_rank.py::test_dynamic_dora_scores_components",
@@ -111,7 +111,7 @@ def dynamic_dora(
 @method(
     "SoRA",
     equation="g ← sign(g) max(|g| - ξ, 0) after every step; + λ mean |g|",
-    use="method = lora_ops.methods.SoRA(model)",
+    use="method = methods.SoRA(model)",
     changes="PL",
     source="Ding et al. 2023, https://arxiv.org/abs/2311.11696",
     test="test_adaptive_rank.py::test_sora_takes_the_proximal_step",

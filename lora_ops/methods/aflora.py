@@ -14,7 +14,7 @@ SCORES = {"gradient": gradient_magnitude, "sensitivity": sensitivity}
 @method(
     "AFLoRA",
     equation="y = x W0ᵀ + (((x Aᵀ) ∘ d) Bᵀ) ∘ b; every 10 steps A and B whose mean score Ī Ū is below a threshold freeze",
-    use="method = lora_ops.methods.AFLoRA(model, first=100, last=500)",
+    use="method = methods.AFLoRA(model, first=100, last=500)",
     changes="PL",
     source="Liu et al. 2024, https://arxiv.org/abs/2403.13269",
     test="test_training.py::test_aflora_freezes_for_good",

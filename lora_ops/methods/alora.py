@@ -14,7 +14,7 @@ from .ranks import resize_rank
 @method(
     "ALoRA",
     equation="score of rank k: S(M) - S(M without k) + S(M with k alone); the lowest go, others get as many",
-    use="method = lora_ops.methods.ALoRA(model, score=lambda: -float(model(x).square().mean()), every=100)",
+    use="method = methods.ALoRA(model, score=lambda: -float(model(x).square().mean()), every=100)",
     changes="PL",
     source="Liu et al. 2024, https://arxiv.org/abs/2403.16187",
     test="test_ranks.py::test_alora_moves_ranks",

@@ -28,7 +28,7 @@ def _drawn(p: float, generator: torch.Generator | None) -> bool:
 @method(
     "DropBP",
     equation="x + h(x) forward; with probability p of the branch, the gradient passes x alone",
-    use="method = lora_ops.methods.DropBP([linear], rate=0.5)",
+    use="method = methods.DropBP([linear], rate=0.5)",
     changes="L",
     source="Woo et al. 2024, https://arxiv.org/abs/2402.17812",
     test="test_dropbp.py::test_dropped_branches_have_no_backward",

@@ -10,7 +10,7 @@ from ..training import TrainingMethod, low_rank_paths
 @method(
     "DyLoRA",
     equation="ΔW = s (r / b) B[:, :b] A[:b], b uniform in 1...r anew at every step",
-    use="method = lora_ops.methods.DyLoRA(model)",
+    use="method = methods.DyLoRA(model)",
     changes="PL",
     source="Valipour et al. 2022, https://arxiv.org/abs/2210.07558",
     test="test_ranks.py::test_dylora_truncates",

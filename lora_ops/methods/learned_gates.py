@@ -20,7 +20,7 @@ GATES: dict[str, type[nn.Module] | None] = {"real": None, "softmax": _Softmax, "
 @method(
     "BiLoRA",
     equation="min over Λ of L(D₂; P*, Q*, Λ), P*, Q* = argmin of L(D₁; P, Q, Λ) + γ (‖P Pᵀ - I‖, ‖Qᵀ Q - I‖)",
-    use="method = lora_ops.methods.bilora(model, lambda: model(x).square().mean(), lambda: model(x).abs().mean())",
+    use="method = methods.bilora(model, lambda: model(x).square().mean(), lambda: model(x).abs().mean())",
     changes="PL",
     source="Qiang et al. 2024, https://arxiv.org/abs/2403.13037",
     test="test_bilevel.py::test_hypergradient_is_the_exact_one",
@@ -66,7 +66,7 @@ def bilora(
 @method(
     "AutoLoRA",
     equation="ΔW = s Σ softmax(α)_k b_k a_kᵀ, α on validation data; ranks with softmax(α)_k >= 1 / r stay",
-    use="method = lora_ops.methods.autolora(model, lambda: model(x).square().mean(), lambda: model(x).abs().mean())",
+    use="method = methods.autolora(model, lambda: model(x).square().mean(), lambda: model(x).abs().mean())",
     changes="PL",
     source="Zhang et al. 2024, https://arxiv.org/abs/2403.09113",
     test="test_bilevel.py::test_autolora_finds_ranks",

@@ -46,7 +46,7 @@ def output_energy(model: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
 @method(
     "LoRA-drop",
     equation="importance Σ_x ‖s B A x‖²; the smallest top set with 0.9 of the sum keeps its own A and B, others share",
-    use="kept = lora_ops.methods.lora_drop(model, run=lambda: model(x))",
+    use="kept = methods.lora_drop(model, run=lambda: model(x))",
     changes="DL",
     source="Zhou et al. 2024, https://arxiv.org/abs/2402.07721",
     test="test_lora_drop.py::test_shares_what_does_little",

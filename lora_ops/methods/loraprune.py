@@ -23,7 +23,7 @@ def estimated_gradient(path: Path) -> Tensor:
 @method(
     "LoRAPrune",
     equation="score of a group of rows: mean over steps of Σ |Ĝ ∘ (W0 + s B A)|, Ĝ = g_B A + B g_A - g_B g_A; y ← mask ∘ y",
-    use="method = lora_ops.methods.LoRAPrune(model, total_steps=1000)",
+    use="method = methods.LoRAPrune(model, total_steps=1000)",
     changes="L",
     source="Zhang et al. 2023, https://arxiv.org/abs/2305.18403",
     test="test_sparse.py::test_loraprune_estimates_the_gradient",

@@ -12,7 +12,7 @@ from .regularizers import Regularizer, subspace_overlap, total_norm
 @method(
     "O-LoRA",
     equation="+ λ₁ Σ |A_old Aᵀ| + λ₂ Σ ‖A‖, ‖B‖ over the frozen adapters of earlier tasks",
-    use="method = lora_ops.methods.o_lora(model, new='default', old=[])",
+    use="method = methods.o_lora(model, new='default', old=[])",
     changes="L",
     source="Wang et al. 2023, https://arxiv.org/abs/2310.14152",
     test="test_continual.py::test_o_lora_is_zero_for_orthogonal_subspaces",

@@ -77,7 +77,7 @@ class HardBuffer:
 @method(
     "Online-LoRA",
     equation="when the loss settles: Ω ← mean of importances, W0 ← W0 + s B A, new A, B; + λ/2 Σ Ω (p - p*)²",
-    use="method = lora_ops.methods.OnlineLoRA(model, lambda x: model(x).square().sum(), mean=0.5, variance=0.01)",
+    use="method = methods.OnlineLoRA(model, lambda x: model(x).square().sum(), mean=0.5, variance=0.01)",
     changes="L",
     source="Wei et al. 2024, https://arxiv.org/abs/2411.05663",
     test="test_continual.py::test_online_lora_starts_anew",

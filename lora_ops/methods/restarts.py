@@ -13,7 +13,7 @@ from .merge_restart import MergeAndRestart
 @method(
     "ReLoRA",
     equation="every 5000 steps W0 ← W0 + s B A, A random, B = 0, moments pruned",
-    use="method = lora_ops.methods.relora(model, every=5000).attach(optimizer)",
+    use="method = methods.relora(model, every=5000).attach(optimizer)",
     changes="L",
     source="Lialin et al. 2023, https://arxiv.org/abs/2307.05695",
     test="test_restarts.py::test_rank_grows_with_every_restart",
@@ -40,7 +40,7 @@ def cosine_restarts(total_steps: int, every: int, *, warmup: int = 100, minimum:
 @method(
     "COLA",
     equation="W0 ← W0 + s B A at the end of each link of the chain, then a new A, B for what is left",
-    use="method = lora_ops.methods.cola(model, every=1000).attach(optimizer)",
+    use="method = methods.cola(model, every=1000).attach(optimizer)",
     changes="L",
     source="Xia et al. 2024, https://arxiv.org/abs/2401.04151",
     test="test_restarts.py::test_cola_steps_ranks_down",
@@ -53,7 +53,7 @@ def cola(model: nn.Module, every: int, *, ranks: Sequence[int] = ()) -> MergeAnd
 @method(
     "XGBLoRA",
     equation="rounds of rank-1 LoRA in some random layers, each merged into W0 at its end",
-    use="method = lora_ops.methods.xgblora(model, every=20, layers=1).attach(optimizer)",
+    use="method = methods.xgblora(model, every=20, layers=1).attach(optimizer)",
     changes="L",
     source="Zhang et al. 2024, https://arxiv.org/abs/2410.19694",
     test="test_restarts.py::test_xgblora_boosts_some_layers",

@@ -21,7 +21,7 @@ def _factors(model: nn.Module) -> list[nn.Parameter]:
 @method(
     "SparseAdapter",
     equation="A, B ← mask ∘ A, B; the mask keeps the elements of largest random | |p| | |p ∂L/∂p| | p H g score, once",
-    use="method = lora_ops.methods.sparse_adapter(model, sparsity=0.5, at=10)",
+    use="method = methods.sparse_adapter(model, sparsity=0.5, at=10)",
     changes="L",
     source="He et al. 2022, https://arxiv.org/abs/2210.04284",
     test="test_sparse.py::test_sparse_adapter_stays_sparse",
@@ -63,7 +63,7 @@ def sparse_adapter(
 @method(
     "RoseLoRA",
     equation="in every row of A and column of B, the sparsity(step) share with the least mean of |p ∂L/∂p| becomes 0",
-    use="method = lora_ops.methods.roselora(model, sparsity=0.9, total_steps=1000)",
+    use="method = methods.roselora(model, sparsity=0.9, total_steps=1000)",
     changes="L",
     source="Wang et al. 2024, https://arxiv.org/abs/2406.10777",
     test="test_sparse.py::test_roselora_prunes_every_rank",
@@ -103,7 +103,7 @@ def prilora_ranks(names: Sequence[str], first: int = 4, last: int = 12) -> dict[
 @method(
     "PRILoRA",
     equation="ranks rise linearly with depth; every 40 steps, half of each row of A with least |A_ij| mean(‖x_j‖) becomes 0",
-    use="method = lora_ops.methods.PRILoRA(model)",
+    use="method = methods.PRILoRA(model)",
     changes="L",
     source="Benedek and Wolf 2024, https://arxiv.org/abs/2401.11316",
     test="test_sparse.py::test_prilora_prunes_rows_of_A",

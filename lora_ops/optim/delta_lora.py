@@ -11,7 +11,7 @@ from ..training import TrainingMethod, low_rank_paths
 @method(
     "Delta-LoRA",
     equation="W ← W + λ s (B' A' - B A) after every step from `start` on, A', B' the new factors",
-    use="method = lora_ops.optim.DeltaLora(model, lam=2.0, start=500)",
+    use="method = optim.DeltaLora(model, lam=2.0, start=500)",
     changes="O",
     source="Zi et al. 2023, https://arxiv.org/abs/2309.02411",
     test="test_optim.py::test_delta_lora_telescopes",

@@ -47,7 +47,7 @@ def asymmetric(model: nn.Module) -> None:
 @method(
     "LongLoRA",
     equation="embeddings and norms train beside LoRA",
-    use="lora_ops.optim.train_embeddings_and_norms(model)",
+    use="optim.train_embeddings_and_norms(model)",
     changes="L",
     source="Chen et al. 2023, https://arxiv.org/abs/2309.12307",
     test="test_optim.py::test_longlora_trains_embeddings_and_norms",

@@ -12,7 +12,7 @@ from ..registry import method
 @method(
     "LoRA+",
     equation="learning rate of A: η, of B: ratio · η",
-    use="optimizer = torch.optim.AdamW(lora_ops.optim.loraplus_groups(model, lr=1e-4, ratio=16))",
+    use="optimizer = torch.optim.AdamW(optim.loraplus_groups(model, lr=1e-4, ratio=16))",
     changes="O",
     source="Hayou et al. 2024, https://arxiv.org/abs/2402.12354",
     test="test_optim.py::test_loraplus_is_pefts",

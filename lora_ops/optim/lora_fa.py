@@ -37,7 +37,7 @@ def lorafa_precondition(grad_B: Tensor, lora_A: Tensor, scaling: float) -> Tenso
 @method(
     "LoRA-FA",
     equation="A frozen; ĝ_B = g_B (A Aᵀ)⁻¹ / s²",
-    use="method = lora_ops.optim.LoraFA(model)",
+    use="method = optim.LoraFA(model)",
     changes="O",
     source="Zhang et al. 2023, https://arxiv.org/abs/2308.03303",
     test="test_optim.py::test_lora_fa_is_pefts",

@@ -131,7 +131,7 @@ def _random(G: Tensor, rank: int, seed: int) -> Tensor:
 @method(
     "GaLore",
     equation="W ← W + scale · P step(Pᵀ G), P = first r left singular vectors of G",
-    use="method = lora_ops.optim.galore([p for p in model.parameters() if p.requires_grad], rank=4)",
+    use="method = optim.galore([p for p in model.parameters() if p.requires_grad], rank=4)",
     changes="O",
     source="Zhao et al. 2024, https://arxiv.org/abs/2403.03507",
     test="test_optim.py::test_galore_takes_the_best_low_rank_step",
@@ -145,7 +145,7 @@ def galore(parameters: Iterable[nn.Parameter], rank: int = 128, *, every: int = 
 @method(
     "FLoRA (gradient compressor)",
     equation="M ← β M + (1 - β) Pᵀ G, W ← W - η P M, P normal with variance 1/r, from a seed",
-    use="method = lora_ops.optim.flora([p for p in model.parameters() if p.requires_grad], rank=4)",
+    use="method = optim.flora([p for p in model.parameters() if p.requires_grad], rank=4)",
     changes="O",
     source="Hao et al. 2024, https://arxiv.org/abs/2402.03293",
     test="test_optim.py::test_flora_projects_without_bias",
