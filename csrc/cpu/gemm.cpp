@@ -133,6 +133,14 @@ void UpPanels::pack(const Matrix& right, int64_t task) const {
              r * k.lanes);
 }
 
+const float* OutScale::padded(const Kernels& k, const float* scale, int64_t C, Workspace& w) {
+  if (!scale) return nullptr;
+  const int64_t size = ceil_div(C, k.panel()) * k.panel();
+  float* out = w.floats(size);
+  std::fill(std::copy_n(scale, C, out), out + size, 0.f);
+  return out;
+}
+
 void Product::plan(int threads) {
   const int64_t count = ceil_div(C, k.panel());
   const int64_t steps = Steps(k, arithmetic, R).count;
@@ -180,15 +188,17 @@ void Product::start(int64_t tile, int64_t panel, float* c) const {
 void Product::finish(int64_t tile, int64_t panel, float* c) const {
   const int64_t row = tiles.start(tile), col = panel * k.panel();
   const Matrix b = bias.data ? from(bias, 0, col) : Matrix{};
-  k.store_tile(c, static_cast<int>(tiles.size(tile)), static_cast<int>(std::min<int64_t>(C - col, k.panel())), b,
-               from(out, row, col));
+  const int rows = static_cast<int>(tiles.size(tile)), cols = static_cast<int>(std::min<int64_t>(C - col, k.panel()));
+  scale.apply(k, c, rows, cols, row, col);
+  k.store_tile(c, rows, cols, b, from(out, row, col));
 }
 
 // The lines of `out` that a tile will be stored to.
 void Product::fetch_out(int64_t tile, int64_t panel) const {
   const int64_t bytes = std::min<int64_t>(C - panel * k.panel(), k.panel()) * size_of(out.dtype);
-  for (int64_t i = tiles.start(tile); i < tiles.start(tile) + tiles.size(tile); ++i)
-    for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(out.at(i, panel * k.panel()) + b, 1, 2);
+  for (const Matrix* m : {&out, &scale.unscaled})
+    for (int64_t i = tiles.start(tile); m->data && i < tiles.start(tile) + tiles.size(tile); ++i)
+      for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(m->at(i, panel * k.panel()) + b, 1, 2);
 }
 
 void Product::run(int64_t task, int64_t next, int thread) const {
