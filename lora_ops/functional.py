@@ -143,8 +143,8 @@ def _general(
         weight, panels = weight.to(dtype), None
     x, lora_A, lora_B, bias = autocast(dtype, x, lora_A, lora_B, bias)
     gate, core, out_scale = (f if f is None or dtype is None or f.dtype == torch.float32 else f.to(dtype) for f in factors)
-    tensors, *read_by = qlora_ops.operand_of(weight)
-    operands = x, tensors, *read_by, lora_A, lora_B, bias, gate, core, out_scale
+    tensors, blocksize, quant_type = qlora_ops.operand_of(weight)
+    operands = x, tensors, blocksize, quant_type, lora_A, lora_B, bias, gate, core, out_scale
     seed = None
     if dropout_p != 0.0:
         general_ops.check(*operands, scaling, dropout_p)  # before the generator moves

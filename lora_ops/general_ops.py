@@ -94,13 +94,12 @@ def _forward_cpu(  # type: ignore[no-untyped-def]
 
 
 def _backward_cpu(  # type: ignore[no-untyped-def]
-    dy, x, weight, blocksize, quant_type, lora_A, lora_B, gate, core, out_scale, S, z, seed, scaling, dropout_p, need_dx, need_dA,
-    need_dB, need_dbias, need_dgate, need_dcore, need_dout_scale,
-):  # fmt: skip
+    dy, x, weight, blocksize, quant_type, lora_A, lora_B, gate, core, out_scale, S, z, seed, scaling, dropout_p, need_dx, *need
+):
     if dy.dtype not in ops._DTYPES or weight[0].numel() == 0:
         return backward_reference(
-            dy, x, weight, blocksize, quant_type, lora_A, lora_B, gate, core, out_scale, S, z, seed, scaling, dropout_p, need_dx,
-            need_dA, need_dB, need_dbias, need_dgate, need_dcore, need_dout_scale,
+            dy, x, weight, blocksize, quant_type, lora_A, lora_B, gate, core, out_scale, S, z, seed, scaling, dropout_p,
+            need_dx, *need,
         )  # fmt: skip
     K, g = lora_A.shape[1], ops.rows_of(dy)
     M, external = g.shape[0], need_dx and ops.base_on_torch(dy.dtype)
@@ -113,12 +112,11 @@ def _backward_cpu(  # type: ignore[no-untyped-def]
         operand = _for_kernel(weight, blocksize, quant_type)
     factors = _wide(_rows(gate, M)), _wide(core), _wide(out_scale)
     grads = [
-        torch.empty(t.shape if need else 0, dtype=torch.float32)
-        for t, need in zip((gate, core, out_scale), (need_dgate, need_dcore, need_dout_scale), strict=True)
+        torch.empty(t.shape if n else 0, dtype=torch.float32) for t, n in zip((gate, core, out_scale), need[3:], strict=True)
     ]
     general = (*_for_general(*factors, z), *(t.data_ptr() if t.numel() else 0 for t in grads))
     rest = ops.backward_kernel(
-        g, x, operand, lora_A, lora_B, S, seed, scaling, dropout_p, dx if need_dx else None, need_dA, need_dB, need_dbias, general
+        g, x, operand, lora_A, lora_B, S, seed, scaling, dropout_p, dx if need_dx else None, *need[:3], general=general
     )
     return dx.view(*dy.shape[:-1], K) if need_dx else dx, *rest, *grads
 
@@ -141,8 +139,8 @@ def backward_reference(  # type: ignore[no-untyped-def]
     M, K = math.prod(dy.shape[:-1]), lora_A.shape[1]
     W = _dense(dy, weight, K, blocksize, quant_type)
     grads = reference.lora_general_backward(
-        dy.reshape(M, W.shape[0]), None if x is None else x.reshape(M, K), W, lora_A, lora_B, _rows(gate, M), core, out_scale, S,
-        z, scaling, dropout_p, seed, need=need,
+        dy.reshape(M, W.shape[0]), None if x is None else x.reshape(M, K), W, lora_A, lora_B, _rows(gate, M), core, out_scale,
+        S, z, scaling, dropout_p, seed, need=need,
     )  # fmt: skip
     like = _backward_fake(
         dy, x, weight, blocksize, quant_type, lora_A, lora_B, gate, core, out_scale, S, z, seed, scaling, dropout_p, *need
@@ -175,7 +173,7 @@ class _General(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keyset, weight, read_by, settings, keep_z, x, lora_A, lora_B, bias, gate, core, out_scale, panels, seed):  # type: ignore[no-untyped-def]
         need = ctx.needs_input_grad[5:12]
-        need_x, need_A, need_B, _, need_gate, need_core, need_out_scale = need
+        _, need_A, need_B, _, need_gate, need_core, need_out_scale = need
         keep_z = keep_z or need_out_scale
         args = (x, weight, *read_by, lora_A, lora_B, bias, gate, core, out_scale, panels, seed, *settings, keep_z)
         if keyset is None:
@@ -207,8 +205,9 @@ class _General(torch.autograd.Function):
 
 
 def _autograd(  # type: ignore[no-untyped-def]
-    keyset, x, weight, blocksize, quant_type, lora_A, lora_B, bias, gate, core, out_scale, panels, seed, scaling, dropout_p, keep_z
-):
+    keyset, x, weight, blocksize, quant_type, lora_A, lora_B, bias, gate, core, out_scale, panels, seed, scaling, dropout_p,
+    keep_z,
+):  # fmt: skip
     tensors = x, lora_A, lora_B, bias, gate, core, out_scale
     if needs_grad((*tensors, *weight)):
         for t in weight:

@@ -123,7 +123,7 @@ def rows_of(t: Tensor) -> Tensor:
 Matrix = tuple[int, int, int, int] | None
 # A 4-bit weight: address of codes, quant type, blocksize, addresses of absmax, nested_absmax, nested_code and offset.
 FourBit = tuple[int, int, int, int, int, int, int]
-# The general form: gate (fp32), its row stride, core, out_scale (fp32), z, then of the backward dgate, dcore, dout_scale (fp32).
+# Of the general form: gate, its row stride, core, out_scale and z, then of the backward dgate, dcore and dout_scale.
 General = tuple[int, int, Matrix, int, Matrix] | tuple[int, int, Matrix, int, Matrix, int, int, int]
 
 
@@ -242,6 +242,7 @@ def backward_kernel(
     need_dA: bool,
     need_dB: bool,
     need_dbias: bool,
+    *,
     general: General | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Writes dx (M, K) if there is one, and returns dA, dB, dbias. Without a weight, dx already holds dy W0."""
