@@ -123,6 +123,12 @@ void DownPanels::pack(const Matrix& right, int64_t task) const {
   pack_right(k, k.f32, right, r, 0, vectors, k0, std::min(kChunk, R - k0), Mask{}, data + k0 * k.lanes, R * k.lanes);
 }
 
+void DownPanels::scale(const float* scale, int64_t task) const {
+  for (int64_t v = 0; v < ceil_div(r, k.lanes); ++v)
+    for (int64_t i = task * kChunk; i < std::min((task + 1) * kChunk, R); ++i)
+      for (int l = 0; l < k.lanes; ++l) data[(v * R + i) * k.lanes + l] *= scale[i];
+}
+
 void DownPanels::multiply(const float* left, int rows, int64_t j, float* c) const {
   k.f32.tile(rows, r - j > k.lanes ? 2 : 1, left, data + j * R, R * k.lanes, R, c, false, {});
 }

@@ -144,6 +144,8 @@ struct DownPanels {  // right (R, r)
       : k(k_), R(R_), r(r_), data(w.floats(ceil_div(r_, k_.lanes) * R_ * k_.lanes)) {}
   int64_t tasks() const { return ceil_div(R, kChunk); }
   void pack(const Matrix& right, int64_t task) const;
+  // right's rows, packed, times scale (R)
+  void scale(const float* scale, int64_t task) const;
   // c = left · columns [j, j + panel), from a packed fp32 tile
   void multiply(const float* left, int rows, int64_t j, float* c) const;
 

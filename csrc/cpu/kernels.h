@@ -119,7 +119,7 @@ struct Kernels {
   void (*mask_tile)(float* c, int rows, Mask mask);
   // c[i][j] *= scale[j], a panel's columns
   void (*scale_tile)(float* c, int rows, const float* scale);
-  // out[j] = row[j] · scale[j], `cols` contiguous elements of one type
+  // out[j] = row[j] · scale[j], `cols` contiguous elements; out has row's type, or fp32
   void (*scale_row)(const Matrix& row, int64_t cols, const float* scale, const Matrix& out);
   // sums[j] += Σ_i a[i][j] · b[i][j], `cols` contiguous elements of one type; sums: whole vectors
   void (*column_dots)(const Matrix& a, const Matrix& b, int64_t rows, int64_t cols, float* sums);

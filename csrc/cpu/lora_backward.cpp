@@ -6,7 +6,8 @@
 // reduced over the block's rows into dA and dBᵀ (dbias is one more row of dBᵀ: Sᵀ with a row of ones). Each element of
 // every result is summed by one thread in one order: results do not depend on the number of threads.
 //
-// out_scale acts on the tile of dy that is packed, and on dB as it is stored. Gate and core act on tiles of S and dS.
+// out_scale acts on the tile of dy that is packed, on B where dS has a tile of its own, and on dB as it is stored: only the
+// product's operand is ever rounded to dy's type. Gate and core act on tiles of S and dS.
 #include "dispatch.h"
 #include "gemm.h"
 #include "middle.h"
@@ -212,7 +213,7 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
           }
     };
     const auto scaled = [&](const Matrix& dy, int64_t rows, int thread) {
-      const Matrix dz{own_dz + thread * dz_rows * dz_stride, dz_stride, 1, p.dy.dtype};
+      const Matrix dz{own_dz + thread * dz_rows * dz_stride, dz_stride, 1, own_tile ? p.dy.dtype : DType::f32};
       for (int64_t i = 0; i < rows; ++i) k.scale_row(from(dy, i, 0), p.N, out_scale, from(dz, i, 0));
       return dz;
     };
@@ -226,15 +227,16 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
       }
       if (!need_dS) return;
       float* tile = left + t * steps.left;
-      Matrix dz = from(p.dy, row0 + first, 0);
-      int64_t follow = p.M - row0 - first;
-      if (out_scale) follow = std::min(follow, dz_rows), dz = scaled(dz, follow, thread);
-      if (product.left || !mixed) pack_left(k, arithmetic, dz, follow, 0, p.N, Mask{}, tile);
+      const Matrix dy = from(p.dy, row0 + first, 0);
+      const int64_t follow = p.M - row0 - first, together = std::min(follow, dz_rows);
+      if (product.left || !mixed) {
+        pack_left(k, arithmetic, out_scale ? scaled(dy, together, thread) : dy, together, 0, p.N, Mask{}, tile);
+      }
       if (mixed) return rows_of->down(t, p, own + thread * own_size, tail_left, mixed_dS);
       each_f32_tile(k, rows, [&](int64_t i, int rows_there) {
         if (own_tile) {
           tile = own + thread * own_size;
-          pack_left(k, k.f32, dz, follow, i, p.N, Mask{}, tile);
+          pack_left(k, k.f32, dy, follow, i, p.N, Mask{}, tile);
         }
         dS(tile, first + i, rows_there, tail_left + t * a.left_size(arithmetic.rows) + a.left_at(i), thread);
       });
@@ -245,7 +247,11 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
     Tasks tiles(product.tiles.count), rest(products + down_grad.tasks() + up_grad.tasks() + core_grad.tasks() + scale_tasks);
     parallel(threads, [&](int thread) {
       float* packed = own + thread * own_size;
-      adapters.run([&](int64_t t) { t < b.tasks() ? b.pack(p.lora_B, t) : a.pack(p.lora_A, t - b.tasks()); });
+      adapters.run([&](int64_t t) {
+        if (t >= b.tasks()) return a.pack(p.lora_A, t - b.tasks());
+        b.pack(p.lora_B, t);
+        if (out_scale && own_tile) b.scale(out_scale, t);
+      });
       sync();
       tiles.run([&](int64_t t) { pack_and_down(t, thread); });
       sync();

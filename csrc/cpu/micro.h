@@ -345,44 +345,6 @@ inline void mask_tile(float* c, int rows, Mask mask) {
     for (int j = 0; j < kPanel; j += kLanes) V::store(c + j, V::keep(V::load(c + j), mask.bits(i, j)));
 }
 
-inline void scale_tile(float* c, int rows, const float* scale) {
-  for (int i = 0; i < rows; ++i, c += kPanel)
-    for (int j = 0; j < kPanel; j += kLanes) V::store(c + j, V::mul(V::load(c + j), V::load(scale + j)));
-}
-
-template <DType kType>
-typename V::T load_up_to(const Matrix& m, int64_t row, int64_t col, int64_t count) {
-  return count >= kLanes ? load_as<kType>(m.at(row, col), 0) : load_part<kType>(m.at(row, col), 0, count);
-}
-
-template <DType kType>
-void scale_row_as(const Matrix& row, int64_t cols, const float* scale, const Matrix& out) {
-  for (int64_t j = 0; j < cols; j += kLanes) {
-    const int64_t count = cols - j;
-    const auto v = V::mul(load_up_to<kType>(row, 0, j, count), V::load(scale + j));
-    alignas(64) char part[kLanes * 4];
-    store_as<kType>(count >= kLanes ? out.at(0, j) : part, 0, v);
-    if (count < kLanes) std::memcpy(out.at(0, j), part, count * size_of(kType));
-  }
-}
-
-inline void scale_row(const Matrix& row, int64_t cols, const float* scale, const Matrix& out) {
-  LORA_OPS_BY_DTYPE(row.dtype, scale_row_as, row, cols, scale, out)
-}
-
-template <DType kType>
-void column_dots_as(const Matrix& a, const Matrix& b, int64_t rows, int64_t cols, float* sums) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < cols; j += kLanes) {
-      const auto x = load_up_to<kType>(a, i, j, cols - j), y = load_up_to<kType>(b, i, j, cols - j);
-      V::store(sums + j, V::fma(x, y, V::load(sums + j)));
-    }
-}
-
-inline void column_dots(const Matrix& a, const Matrix& b, int64_t rows, int64_t cols, float* sums) {
-  LORA_OPS_BY_DTYPE(a.dtype, column_dots_as, a, b, rows, cols, sums)
-}
-
 // --- dropout ---------------------------------------------------------------------------------------------------------
 
 inline void dropout_mask(const Dropout& dropout, int64_t row, int64_t cols, uint32_t* words) {
@@ -416,6 +378,7 @@ inline void dropout_mask(const Dropout& dropout, int64_t row, int64_t cols, uint
 
 #include "bounds.h"
 #include "four_bit.h"
+#include "out_scale.h"
 
 constexpr Arithmetic kF32 = {
     V::kRows, 1, 1, {}, nullptr, nullptr, pack_transposed, pack_transposed, pack_straight, tile<F32>, multiply_adds<F32>};
