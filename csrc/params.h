@@ -86,7 +86,7 @@ struct LoraForward {
   MixedBatch mixed = {};             // then r is the largest rank: a row of S ends with zeros
   Middle middle = {};                // not beside mixed
   const float* out_scale = nullptr;  // (N), or null: 1
-  Matrix z = {};                     // (M, N), x's dtype, to keep beside out_scale; or absent
+  Matrix z = {};                     // (M, N), x's dtype or fp32, to keep beside out_scale; or absent
 };
 
 // dz = dy ∘ out_scale ;  dS = scaling · dz B ;  dx = dz W0 + drop'(dS A) ;  dA = dSᵀ drop(x) ;  dB = scaling · dzᵀ S
@@ -112,7 +112,7 @@ struct LoraBackward {
   MixedBatch mixed = {};             // then r is the largest rank, and dA and dB are the adapters'
   Middle middle = {};                // not beside mixed
   const float* out_scale = nullptr;  // (N), or null: 1
-  Matrix z = {};                     // (M, N), dy's dtype
+  Matrix z = {};                     // (M, N), dy's dtype or fp32
   float* dgate = nullptr;            // as gate
   float* dcore = nullptr;            // (r, r)
   float* dout_scale = nullptr;       // (N)

@@ -3,7 +3,7 @@
     lora_general_forward   y, S from x, the frozen weight (dense, or in 4 bits), one adapter and its factors; z if `keep_z`
     lora_general_backward  dx, dA, dB and in fp32 dbias, dgate, dcore, dout_scale, of which only those asked for are computed
 
-z is what out_scale multiplies, in x's dtype, and only its gradient needs it. What is not asked for comes back empty. `weight`,
+z is what out_scale multiplies, in A's dtype, and only its gradient needs it. What is not asked for comes back empty. `weight`,
 blocksize and quant_type are those of `qlora_ops.operand_of`.
 """
 
@@ -84,7 +84,7 @@ def _forward_cpu(  # type: ignore[no-untyped-def]
     else:
         weight = weight if quant_type else [ops._strided(weight[0])]
         y = torch.empty((M, N), dtype=x.dtype)
-    z = torch.empty((M, N) if keep_z else 0, dtype=x.dtype)
+    z = torch.empty((M, N) if keep_z else 0, dtype=lora_A.dtype)
     factors = _wide(_rows(gate, M)), _wide(core), _wide(out_scale)
     S = ops.forward_kernel(
         rows, None if external else _for_kernel(weight, blocksize, quant_type), panels, lora_A, lora_B, bias, seed, scaling,
@@ -153,7 +153,7 @@ def _forward_fake(  # type: ignore[no-untyped-def]
 ):
     check(x, weight, blocksize, quant_type, lora_A, lora_B, bias, gate, core, out_scale, scaling, dropout_p)
     M, N = math.prod(x.shape[:-1]), lora_B.shape[0]
-    return *ops.fake_outputs(x, lora_A, lora_B), x.new_empty((M, N) if keep_z else 0)
+    return *ops.fake_outputs(x, lora_A, lora_B), lora_A.new_empty((M, N) if keep_z else 0)
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]

@@ -151,7 +151,7 @@ def lora_general_forward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = out_scale ∘ z + bias of z = x W0ᵀ + scaling · ((S ∘ gate) core) Bᵀ; S = drop(x) Aᵀ, and z in x's dtype.
+    """y = out_scale ∘ z + bias of z = x W0ᵀ + scaling · ((S ∘ gate) core) Bᵀ; S = drop(x) Aᵀ, and z in A's dtype.
 
     gate is (r,) or (M, r), core (r, r), out_scale (N,).
     """
@@ -163,7 +163,7 @@ def lora_general_forward(
     y = _times(z, m)
     if b is not None:
         y = y + b
-    return y.to(x.dtype), S, z.to(x.dtype)
+    return y.to(x.dtype), S, z.to(lora_A.dtype)
 
 
 def lora_general_backward(

@@ -199,7 +199,7 @@ def test_only_what_the_trained_factors_need_is_kept():
     """Bytes beside the operator's own arguments. x is one of those: it counts where it is kept at all."""
     M, K, N, r = 32, 48, 64, 8
     g = general(make_case((M, K, N, r), Dtypes(BF16, F32), bias=True), ("rank", "core", "scale"))
-    x, S, z = M * K * 2, M * r * 4, M * N * 2
+    x, S, z = M * K * 2, M * r * 4, M * N * 4
     for train, expected in {
         ("lora_A",): x, ("lora_B",): S, ("lora_A", "lora_B"): x + S, ("gate",): S, ("core",): S, ("gate", "core"): S,
         ("out_scale",): z, ("lora_A", "out_scale"): x + z, ("bias",): 0, NAMES: x + S + z,

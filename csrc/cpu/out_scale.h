@@ -31,13 +31,19 @@ inline void scale_row(const Matrix& row, int64_t cols, const float* scale, const
   LORA_OPS_BY_DTYPE(row.dtype, scale_row_as, row, cols, scale, out)
 }
 
-template <DType kType>
-void column_dots_as(const Matrix& a, const Matrix& b, int64_t rows, int64_t cols, float* sums) {
+template <DType kA, DType kB>
+void column_dots_of(const Matrix& a, const Matrix& b, int64_t rows, int64_t cols, float* sums) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < cols; j += kLanes) {
-      const auto x = load_up_to<kType>(a, i, j, cols - j), y = load_up_to<kType>(b, i, j, cols - j);
+      const auto x = load_up_to<kA>(a, i, j, cols - j), y = load_up_to<kB>(b, i, j, cols - j);
       V::store(sums + j, V::fma(x, y, V::load(sums + j)));
     }
+}
+
+template <DType kType>
+void column_dots_as(const Matrix& a, const Matrix& b, int64_t rows, int64_t cols, float* sums) {
+  b.dtype == DType::f32 ? column_dots_of<kType, DType::f32>(a, b, rows, cols, sums)
+                        : column_dots_of<kType, kType>(a, b, rows, cols, sums);
 }
 
 inline void column_dots(const Matrix& a, const Matrix& b, int64_t rows, int64_t cols, float* sums) {
