@@ -69,7 +69,7 @@ def dora_linear(
     """y = c ∘ (x W0ᵀ + scaling · (x Aᵀ) Bᵀ) + bias with c = magnitude / ‖W0 + scaling · B A‖, a length for every row.
 
     DoRA: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024 (https://arxiv.org/abs/2402.09353). As in its
-    section 4.3 the norm is a constant of the backward. Neither ΔW nor W0 + ΔW is formed: `weight_norm`. c is the output scale of
+    section 4.3 the norm is a constant of the backward. Neither ΔW nor W0 + ΔW is formed: `weight_norm`. c is the out_scale of
     `lora_linear`.
 
     With dropout, x̃ = drop(x) takes x's place in everything that training changes, as in PEFT:
