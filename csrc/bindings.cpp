@@ -59,6 +59,18 @@ struct Mixed {
   }
 };
 
+// (gate, its row stride, core, out_scale, z, then of the backward dgate, dcore, dout_scale), addresses and matrices; or None.
+template <class Params>
+void set_general(Params& p, const py::object& o) {
+  if (o.is_none()) return;
+  const auto t = o.cast<py::tuple>();
+  const auto at = [&](int i) { return pointer<float>(t[i].cast<uintptr_t>()); };
+  p.middle = {at(0), t[1].cast<int64_t>(), matrix(t[2])};
+  p.out_scale = at(3);
+  p.z = matrix(t[4]);
+  if constexpr (std::is_same_v<Params, LoraBackward>) p.dgate = at(5), p.dcore = at(6), p.dout_scale = at(7);
+}
+
 Dropout dropout(uint64_t seed, uint32_t threshold, float keep_scale) {
   return {seed, threshold, keep_scale};
 }
@@ -70,31 +82,33 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("lora_forward", [](int64_t M, int64_t K, int64_t N, int64_t r, py::object x, py::object weight, uintptr_t panels,
                            py::object lora_A, py::object lora_B, py::object bias, float scaling, uint64_t seed,
-                           uint32_t threshold, float keep_scale, py::object y, uintptr_t S, int threads) {
-    const LoraForward p{M,
-                        K,
-                        N,
-                        r,
-                        matrix(x),
-                        matrix(weight),
-                        quantized(weight, K),
-                        pointer<const float>(panels),
-                        matrix(lora_A),
-                        matrix(lora_B),
-                        matrix(bias),
-                        scaling,
-                        dropout(seed, threshold, keep_scale),
-                        matrix(y),
-                        pointer<float>(S),
-                        threads};
+                           uint32_t threshold, float keep_scale, py::object y, uintptr_t S, int threads, py::object general) {
+    LoraForward p{M,
+                  K,
+                  N,
+                  r,
+                  matrix(x),
+                  matrix(weight),
+                  quantized(weight, K),
+                  pointer<const float>(panels),
+                  matrix(lora_A),
+                  matrix(lora_B),
+                  matrix(bias),
+                  scaling,
+                  dropout(seed, threshold, keep_scale),
+                  matrix(y),
+                  pointer<float>(S),
+                  threads};
+    set_general(p, general);
     py::gil_scoped_release release;
     lora_forward(p);
   });
 
-  m.def("lora_backward", [](int64_t M, int64_t K, int64_t N, int64_t r, py::object dy, py::object x, py::object weight,
-                            py::object lora_A, py::object lora_B, uintptr_t S, float scaling, uint64_t seed, uint32_t threshold,
-                            float keep_scale, py::object dx, py::object dA, py::object dB, py::object dbias, int threads) {
-    const LoraBackward p{M,
+  m.def("lora_backward",
+        [](int64_t M, int64_t K, int64_t N, int64_t r, py::object dy, py::object x, py::object weight, py::object lora_A,
+           py::object lora_B, uintptr_t S, float scaling, uint64_t seed, uint32_t threshold, float keep_scale, py::object dx,
+           py::object dA, py::object dB, py::object dbias, int threads, py::object general) {
+          LoraBackward p{M,
                          K,
                          N,
                          r,
@@ -112,9 +126,10 @@ PYBIND11_MODULE(_C, m) {
                          matrix(dB),
                          matrix(dbias),
                          threads};
-    py::gil_scoped_release release;
-    lora_backward(p);
-  });
+          set_general(p, general);
+          py::gil_scoped_release release;
+          lora_backward(p);
+        });
 
   bind_tensor_calls(m);
 

@@ -61,7 +61,14 @@ struct MixedBatch {
   const int64_t* ids = nullptr;  // (M): which of the adapters, or -1; null: the batch is not mixed
 };
 
-// S = drop(x) Aᵀ ;  y = x W0ᵀ + scaling · S Bᵀ + bias
+// What stands between A and B: (S ∘ gate) core. Either may be absent.
+struct Middle {
+  const float* gate = nullptr;  // (r), or (M, r)
+  int64_t gate_row_stride = 0;  // r, or 0: one gate for all rows
+  Matrix core = {};             // (r, r)
+};
+
+// S = drop(x) Aᵀ ;  z = x W0ᵀ + scaling · S Bᵀ ;  y = out_scale ∘ z + bias, in z with (S ∘ gate) core in S's place
 struct LoraForward {
   int64_t M, K, N, r;
   Matrix x;                       // (M, K)
@@ -76,11 +83,16 @@ struct LoraForward {
   Matrix y;  // (M, N), x's dtype
   float* S;  // (M, r)
   int threads;
-  MixedBatch mixed = {};  // then r is the largest rank: a row of S ends with zeros
+  MixedBatch mixed = {};             // then r is the largest rank: a row of S ends with zeros
+  Middle middle = {};                // not beside mixed
+  const float* out_scale = nullptr;  // (N), or null: 1
+  Matrix z = {};                     // (M, N), x's dtype or fp32, to keep beside out_scale; or absent
 };
 
-// dS = scaling · dy B ;  dx = dy W0 + drop'(dS A) ;  dA = dSᵀ drop(x) ;  dB = scaling · dyᵀ S ;  dbias = Σ_rows dy
-// An absent output is not computed; an input that only absent outputs need may be absent too.
+// dz = dy ∘ out_scale ;  dS = scaling · dz B ;  dx = dz W0 + drop'(dS A) ;  dA = dSᵀ drop(x) ;  dB = scaling · dzᵀ S
+// dbias = Σ_rows dy ;  dout_scale = Σ_rows dy ∘ z
+// and with S1 = S ∘ gate, S2 = S1 core: dS2 as dS above, dB of S2, dcore = S1ᵀ dS2, dS1 = dS2 coreᵀ, dgate = dS1 ∘ S, dS = dS1
+// ∘ gate An absent output is not computed; an input that only absent outputs need may be absent too.
 struct LoraBackward {
   int64_t M, K, N, r;
   Matrix dy;                  // (M, N)
@@ -97,7 +109,13 @@ struct LoraBackward {
   Matrix dB;     // (N, r)
   Matrix dbias;  // (1, N)
   int threads;
-  MixedBatch mixed = {};  // then r is the largest rank, and dA and dB are the adapters'
+  MixedBatch mixed = {};             // then r is the largest rank, and dA and dB are the adapters'
+  Middle middle = {};                // not beside mixed
+  const float* out_scale = nullptr;  // (N), or null: 1
+  Matrix z = {};                     // (M, N), dy's dtype or fp32
+  float* dgate = nullptr;            // as gate
+  float* dcore = nullptr;            // (r, r)
+  float* dout_scale = nullptr;       // (N)
 };
 
 }  // namespace lora_ops

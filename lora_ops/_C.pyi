@@ -10,17 +10,20 @@ from torch import Tensor
 Matrix = tuple[int, int, int, int] | None
 # A 4-bit weight: address of codes, quant type, blocksize, addresses of absmax, nested_absmax, nested_code and offset.
 FourBit = tuple[int, int, int, int, int, int, int]
+# Of the general form: gate, its row stride, core, out_scale and z, then of the backward dgate, dcore and dout_scale.
+General = tuple[int, int, Matrix, int, Matrix] | tuple[int, int, Matrix, int, Matrix, int, int, int]
 
 compiler: str
 
 def lora_forward(
     M: int, K: int, N: int, r: int, x: Matrix, weight: Matrix | FourBit, panels: int, lora_A: Matrix, lora_B: Matrix,
-    bias: Matrix, scaling: float, seed: int, threshold: int, keep_scale: float, y: Matrix, S: int, threads: int, /,
+    bias: Matrix, scaling: float, seed: int, threshold: int, keep_scale: float, y: Matrix, S: int, threads: int,
+    general: General | None, /,
 ) -> None: ...  # fmt: skip
 def lora_backward(
     M: int, K: int, N: int, r: int, dy: Matrix, x: Matrix, weight: Matrix | FourBit, lora_A: Matrix, lora_B: Matrix, S: int,
     scaling: float, seed: int, threshold: int, keep_scale: float, dx: Matrix, dA: Matrix, dB: Matrix, dbias: Matrix,
-    threads: int, /,
+    threads: int, general: General | None, /,
 ) -> None: ...  # fmt: skip
 def use_tensors(api: Any, tensor: type, parameter: type, empty: Any, dtypes: tuple[torch.dtype, ...], /) -> None: ...
 def forward_of_tensors(

@@ -32,7 +32,7 @@ class Operator(NamedTuple):
         code that the layer before has swept from the caches."""
         if not dispatcher_has_no_say(args):
             return self.forward(*args)
-        if not _needs_grad(args):
+        if not needs_grad(args):
             return self.forward_cpu(*args)
         self.check_frozen(args)
         return _Lora.apply(self, None, *args)
@@ -43,7 +43,7 @@ class Operator(NamedTuple):
                 check_frozen(t)
 
 
-def _needs_grad(args: tuple[Any, ...]) -> bool:
+def needs_grad(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
 
 
@@ -104,7 +104,7 @@ def register(name: str, cpu: Callable[..., Any], fallback: Callable[..., Any], f
 
 def register_autograd(name: str, op: Operator) -> None:
     def autograd(keyset, *args):  # type: ignore[no-untyped-def]
-        if _needs_grad(args):
+        if needs_grad(args):
             op.check_frozen(args)
             return _Lora.apply(op, keyset, *args)
         return _below_autograd(op.forward, keyset, *args)
@@ -132,4 +132,4 @@ def dispatcher_has_no_say(args: tuple[Any, ...]) -> bool:
 
 def plain_call(args: tuple[Any, ...]) -> bool:
     """Whether it would do nothing at all but call the CPU's kernel."""
-    return dispatcher_has_no_say(args) and not _needs_grad(args)
+    return dispatcher_has_no_say(args) and not needs_grad(args)

@@ -1,12 +1,12 @@
 """DoRA: a layer whose rows keep their direction from W0 + ΔW and have lengths of their own."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from . import functional
-from .autograd import check_frozen
+from . import functional, ops
+from .autograd import check_frozen, library, register
 from .qlora_ops import weight_of
 from .quant import NF4Weight
 from .registry import method
@@ -45,10 +45,11 @@ def weight_norm(
     A, B = lora_A.to(base.dtype), lora_B.to(base.dtype)
     with torch.autocast(A.device.type, enabled=False):
         if isinstance(weight, NF4Weight):
-            with_A = torch.ops.lora_ops.qlora_forward_wide(A, *weight_of(weight), *_nothing(A, B), 0.0)[0].T
+            A_with = torch.ops.lora_ops.qlora_forward_wide(A, *weight_of(weight), *_nothing(A, B), 0.0)[0]
         else:
-            with_A = torch.cat([rows @ A.T for rows in _wide_rows(weight)])
-        squares = base + scaling * ((2 * with_A + scaling * (B @ (A @ A.T))) * B).sum(1)
+            A_with = torch.ops.lora_ops.weight_products(weight, lora_A)
+        products = (2 * A_with.T + scaling * (B @ (A @ A.T))) * B
+        squares = base + scaling * products.sum(1)
         return squares.clamp_min(0).sqrt()
 
 
@@ -78,8 +79,8 @@ def dora_linear(
     """y = c ∘ (x W0ᵀ + scaling · (x Aᵀ) Bᵀ) + bias with c = magnitude / ‖W0 + scaling · B A‖, a length for every row.
 
     DoRA: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024 (https://arxiv.org/abs/2402.09353). As in its
-    section 4.3 the norm is a constant of the backward. Neither ΔW nor W0 + ΔW is formed: `weight_norm`. Kept for the
-    backward: x, S and, in fp32, y before c.
+    section 4.3 the norm is a constant of the backward. Neither ΔW nor W0 + ΔW is formed: `weight_norm`. c is the out_scale of
+    `lora_linear`.
 
     With dropout, x̃ = drop(x) takes x's place in everything that training changes, as in PEFT:
 
@@ -107,12 +108,17 @@ def dora_linear(
     if magnitude.shape != (N,):
         raise ValueError(f"magnitude must be (N,) = ({N},) as in lora_B {tuple(lora_B.shape)}, got {tuple(magnitude.shape)}")
     c = magnitude / (weight_norm(weight, lora_A, lora_B, scaling, base) if norm is None else norm)
+    hides = training and dropout_p != 0.0
+    if x.is_cpu and not hides:
+        linear: Callable[..., Tensor] = functional.qlora_linear if isinstance(weight, NF4Weight) else functional.lora_linear
+        c = c.to(torch.promote_types(x.dtype, torch.float32))
+        return linear(x, weight, lora_A, lora_B, scaling=scaling, bias=bias, dropout_p=dropout_p, out_scale=c)
     dtype = functional.autocast_dtype(x)
     if dtype is not None and isinstance(weight, Tensor) and weight.dtype not in (dtype, torch.float32):
         weight = weight.to(dtype)
     x, lora_A, lora_B, bias = functional.autocast(dtype, x, lora_A, lora_B, bias)
     mask = None
-    if training and dropout_p != 0.0:
+    if hides:
         mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout_p)
     arguments = (weight,) if isinstance(weight, Tensor) else weight_of(weight)
     return _Scaled.apply(x, lora_A, lora_B, c, bias, mask, float(dropout_p), float(scaling), *arguments)
@@ -176,3 +182,29 @@ def _wide_rows(weight: Tensor) -> Iterator[Tensor]:
     """W0's rows in fp32 (fp64 for fp64), some at a time."""
     for rows in weight.detach().split(_ROWS):
         yield rows.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+library.define("weight_products(Tensor weight, Tensor lora_A) -> Tensor")
+
+
+def _products(weight: Tensor, lora_A: Tensor) -> Tensor:
+    """A W0ᵀ, (r, N), in fp32 (fp64 for fp64)."""
+    return torch.cat([lora_A.to(rows.dtype) @ rows.T for rows in _wide_rows(weight)], dim=1)
+
+
+def _products_cpu(weight: Tensor, lora_A: Tensor) -> Tensor:
+    kinds = {weight.dtype, lora_A.dtype}
+    if not kinds <= ops._DTYPES.keys() or weight.numel() == 0 or ops.base_on_torch(weight.dtype):
+        return _products(weight, lora_A)
+    y = torch.empty((lora_A.shape[0], weight.shape[0]), dtype=torch.float32)
+    nothing = _nothing(lora_A, lora_A.new_empty(weight.shape[0], 1))
+    ops.forward_kernel(ops.rows_of(lora_A), ops.matrix(ops._strided(weight)), None, *nothing, None, None, 0.0, 0.0, y)
+    return y
+
+
+def _products_fake(weight: Tensor, lora_A: Tensor) -> Tensor:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return weight.new_empty((lora_A.shape[0], weight.shape[0]), dtype=dtype)
+
+
+register("weight_products", _products_cpu, _products, _products_fake)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import ops, qlora_ops
+from . import general_ops, ops, qlora_ops
 from .autograd import check_frozen
 from .quant import NF4Weight
 from .registry import method
@@ -51,7 +51,8 @@ def lora_linear(
         gate: (r,), or (..., r) with the leading dimensions of x: multiplies S, elementwise.
         core: (r, r): multiplies S from the right, after the gate.
         out_scale: (N,): multiplies the output before the bias. The general form, each factor of it optional and trainable:
-            y = out_scale ∘ (x W0ᵀ + scaling · (((drop(x) Aᵀ) ∘ gate) core) Bᵀ) + bias.
+            y = out_scale ∘ (x W0ᵀ + scaling · (((drop(x) Aᵀ) ∘ gate) core) Bᵀ) + bias. Of x's dtype, or float32 under a
+            half-precision x. S is kept if B, gate or core trains; if out_scale does, what it multiplies: (rows, N), A's dtype.
 
     Returns:
         (..., N) in x's dtype; under `torch.autocast`, in the dtype that `F.linear` would return. Products are accumulated
@@ -62,8 +63,8 @@ def lora_linear(
         TypeError: a dtype that does not fit.
     """
     if gate is not None or core is not None or out_scale is not None:
-        options = {"scaling": scaling, "dropout_p": dropout_p, "training": training}
-        return _general(lora_linear, x, weight, lora_A, lora_B, bias, gate, core, out_scale, options)
+        factors, p = (gate, core, out_scale), dropout_p if training else 0.0
+        return _general(x, weight, lora_A, lora_B, bias, panels, factors, scaling, p)
     if torch.is_grad_enabled():
         check_frozen(weight)
     dtype = autocast_dtype(x)
@@ -121,12 +122,12 @@ def qlora_linear(
     """
     if not isinstance(qweight, NF4Weight):
         raise TypeError(f"qweight must be an NF4Weight (see quantize_nf4), got {type(qweight).__name__}")
-    if gate is not None or core is not None or out_scale is not None:
-        options = {"scaling": scaling, "dropout_p": dropout_p, "training": training}
-        return _general(qlora_linear, x, qweight, lora_A, lora_B, bias, gate, core, out_scale, options)
     N, K = qweight.shape
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x must be (..., K) with K = {K} as in qweight {(N, K)}, got shape {tuple(x.shape)}")
+    if gate is not None or core is not None or out_scale is not None:
+        factors, p = (gate, core, out_scale), dropout_p if training else 0.0
+        return _general(x, qweight, lora_A, lora_B, bias, None, factors, scaling, p)
     x, lora_A, lora_B, bias = autocast(autocast_dtype(x), x, lora_A, lora_B, bias)
     seed = None
     if training and dropout_p != 0.0:
@@ -136,20 +137,30 @@ def qlora_linear(
     return y
 
 
-def _general(linear, x, weight, lora_A, lora_B, bias, gate, core, out_scale, options):  # type: ignore[no-untyped-def]
-    B = lora_B
-    if core is not None:
-        B = B @ core.to(B.dtype).T
-    if gate is None or gate.dim() == 1:
-        B = B if gate is None else B * gate.to(B.dtype)
-        y = linear(x, weight, lora_A, B, **options)
-    else:
-        p = options["dropout_p"] if options["training"] else 0.0
-        S = torch.nn.functional.dropout(x.to(B.dtype), p) @ lora_A.T
-        y = linear(x, weight, lora_A[:1].detach() * 0, B[:, :1].detach() * 0, scaling=1.0)
-        y = (y + options["scaling"] * ((S * gate) @ B.T)).to(y.dtype)
-    y = y if out_scale is None else (y * out_scale).to(y.dtype)
-    return y if bias is None else (y + bias).to(y.dtype)
+def _general(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    panels: Tensor | None,
+    factors: tuple[Tensor | None, Tensor | None, Tensor | None],
+    scaling: float,
+    dropout_p: float,
+) -> Tensor:
+    dtype = autocast_dtype(x)
+    if isinstance(weight, Tensor) and dtype is not None and weight.dtype not in (dtype, torch.float32):
+        weight, panels = weight.to(dtype), None
+    x, lora_A, lora_B, bias = autocast(dtype, x, lora_A, lora_B, bias)
+    gate, core, out_scale = (f if f is None or dtype is None or f.dtype == torch.float32 else f.to(dtype) for f in factors)
+    tensors, blocksize, quant_type = qlora_ops.operand_of(weight)
+    operands = x, tensors, blocksize, quant_type, lora_A, lora_B, bias, gate, core, out_scale
+    seed = None
+    if dropout_p != 0.0:
+        general_ops.check(*operands, scaling, dropout_p)  # before the generator moves
+        seed = _draw_seed(x)
+    y, _, _ = general_ops.lora_general_forward(*operands, panels, seed, float(scaling), float(dropout_p), False)
+    return y
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -183,12 +183,8 @@ def multi_lora_linear(
         As, Bs = ([t if t.dtype in (dtype, torch.float32) else t.to(dtype) for t in ts] for ts in (As, Bs))
         if isinstance(weight, Tensor) and weight.dtype not in (dtype, torch.float32):
             weight = weight.to(dtype)
-    operand: tuple[list[Tensor], int, int, str]
-    if isinstance(weight, NF4Weight):
-        codes = qlora_ops.weight_of(weight)
-        operand = [t for t in codes[:5] if t is not None], K, codes.blocksize, codes.quant_type
-    else:
-        operand = [weight], K, 0, ""
+    tensors, blocksize, quant_type = qlora_ops.operand_of(weight)
+    operand = tensors, K, blocksize, quant_type
     seed = None
     if training and dropout_p != 0.0:
         multi_ops.check(x, *operand, As, Bs, scalings, ids, bias, dropout_p)  # before the generator moves

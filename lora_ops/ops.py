@@ -82,20 +82,25 @@ def check_beside(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
 
+    check_kinds(x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+    if lora_A.dtype != lora_B.dtype:
+        raise TypeError(f"lora_A and lora_B must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
+
+
+def check_kinds(x: Tensor, **beside: Tensor | None) -> None:
+    """Dtype and device of what lies beside x."""
     dtype, device = x.dtype, x.device
     if dtype not in _FLOATING:
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {dtype}")
     # fp32 parameters under a half-precision x: PEFT's adapters, and what autocast makes of fp32 models.
     half = dtype in _HALF
-    for name, t in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
+    for name, t in beside.items():
         if t is None:
             continue
         if t.dtype != dtype and not (half and t.dtype == torch.float32):
             raise TypeError(f"{name} must have x's dtype {dtype}{' or float32' if half else ''}, got {t.dtype}")
         if t.device != device:
             raise ValueError(f"{name} must be on x's device {device}, got {t.device}")
-    if lora_A.dtype != lora_B.dtype:
-        raise TypeError(f"lora_A and lora_B must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
 
 
 # --- CPU --------------------------------------------------------------------------------------------------------------
@@ -118,6 +123,8 @@ def rows_of(t: Tensor) -> Tensor:
 Matrix = tuple[int, int, int, int] | None
 # A 4-bit weight: address of codes, quant type, blocksize, addresses of absmax, nested_absmax, nested_code and offset.
 FourBit = tuple[int, int, int, int, int, int, int]
+# Of the general form: gate, its row stride, core, out_scale and z, then of the backward dgate, dcore and dout_scale.
+General = tuple[int, int, Matrix, int, Matrix] | tuple[int, int, Matrix, int, Matrix, int, int, int]
 
 
 def matrix(t: Tensor | None) -> Matrix:
@@ -207,6 +214,7 @@ def forward_kernel(
     scaling: float,
     dropout_p: float,
     y: Tensor,
+    general: General | None = None,
 ) -> Tensor:
     """Writes y (M, N) and returns S (M, r). Without a weight, y already holds x W0ᵀ."""
     (M, K), N, r = rows.shape, y.shape[1], lora_A.shape[0]
@@ -215,7 +223,7 @@ def forward_kernel(
     _C.lora_forward(
         M, K, N, r, matrix(rows), weight, 0 if panels is None else panels.data_ptr(), matrix(A), matrix(B),
         matrix(None if bias is None else bias.contiguous()), scaling, *_dropout(seed, dropout_p), matrix(y), S.data_ptr(),
-        torch.get_num_threads(),
+        torch.get_num_threads(), general,
     )  # fmt: skip
     return S
 
@@ -234,6 +242,8 @@ def backward_kernel(
     need_dA: bool,
     need_dB: bool,
     need_dbias: bool,
+    *,
+    general: General | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Writes dx (M, K) if there is one, and returns dA, dB, dbias. Without a weight, dx already holds dy W0."""
     (M, N), (r, K) = g.shape, lora_A.shape
@@ -244,9 +254,9 @@ def backward_kernel(
     dbias = torch.empty(N if need_dbias else 0, dtype=torch.float32)
     _C.lora_backward(
         M, K, N, r, matrix(g), matrix(rows), weight, matrix(A), matrix(B),
-        S.data_ptr() if need_dB and S is not None else 0, scaling, *_dropout(seed, dropout_p), matrix(dx),
+        0 if S is None else S.data_ptr(), scaling, *_dropout(seed, dropout_p), matrix(dx),
         matrix(dA if need_dA else None), matrix(dB if need_dB else None), matrix(dbias if need_dbias else None),
-        torch.get_num_threads(),
+        torch.get_num_threads(), general,
     )  # fmt: skip
     return dA, dB, dbias
 

@@ -81,6 +81,14 @@ def weight_of(qweight: NF4Weight) -> Weight:
     return Weight(*(getattr(qweight, name) for name in Weight._fields))
 
 
+def operand_of(weight: Tensor | NF4Weight) -> tuple[list[Tensor], int, str]:
+    """The tensors, blocksize and quant_type of operators that take either kind of weight: [W0], 0, "" or a 4-bit weight's."""
+    if isinstance(weight, NF4Weight):
+        codes = weight_of(weight)
+        return [t for t in codes[:5] if t is not None], codes.blocksize, codes.quant_type
+    return [weight], 0, ""
+
+
 def check(
     x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float
 ) -> None:

@@ -131,6 +131,96 @@ def lora_backward(
     return dx, dA, dB, dbias
 
 
+# --- the general form: factors between A and B, and behind the product --------------------------------------------------
+
+
+def _times(a: Tensor, b: Tensor | None) -> Tensor:
+    return a if b is None else a * b
+
+
+def lora_general_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    core: Tensor | None,
+    out_scale: Tensor | None,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = out_scale ∘ z + bias of z = x W0ᵀ + scaling · ((S ∘ gate) core) Bᵀ; S = drop(x) Aᵀ, and z in A's dtype.
+
+    gate is (r,) or (M, r), core (r, r), out_scale (N,).
+    """
+    wx, W, A, B, b, g, R, m = _wide(x, weight, lora_A, lora_B, bias, gate, core, out_scale)
+    S = _dropped(wx, seed, dropout_p) @ A.T
+    S1 = _times(S, g)
+    S2 = S1 if R is None else S1 @ R
+    z = wx @ W.T + scaling * (S2 @ B.T)
+    y = _times(z, m)
+    if b is not None:
+        y = y + b
+    return y.to(x.dtype), S, z.to(lora_A.dtype)
+
+
+def lora_general_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gate: Tensor | None,
+    core: Tensor | None,
+    out_scale: Tensor | None,
+    S: Tensor | None,
+    z: Tensor | None,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    need: tuple[bool, ...] = (True,) * 7,
+) -> list[Tensor | None]:
+    """dx, dA, dB, dbias, dgate, dcore, dout_scale, each only if `need` asks for it, the last four in fp32 at least.
+
+        dz = dy ∘ out_scale       dS2 = scaling · dz B      dS1 = dS2 coreᵀ           dS = dS1 ∘ gate
+        dx = dz W0 + drop'(dS A)  dA = dSᵀ drop(x)          dB = scaling · dzᵀ S2     dbias = Σ_rows dy
+        dgate = dS1 ∘ S           dcore = S1ᵀ dS2           dout_scale = Σ_rows dy ∘ z
+
+    x is needed for dA alone, z for dout_scale alone, S for dB, dgate and dcore. dgate of a gate (r,) is summed over the rows.
+    """
+    wdy, W, A, B, g, R, m = _wide(dy, weight, lora_A, lora_B, gate, core, out_scale)
+    need_dx, need_dA, need_dB, need_dbias, need_dgate, need_dcore, need_dout_scale = need
+    grads: list[Tensor | None] = [None] * 7
+    dz = _times(wdy, m)
+    dS2 = scaling * (dz @ B)
+    dS1 = dS2 if R is None else dS2 @ R.T
+    dS = _times(dS1, g)
+    if need_dx:
+        grads[0] = (dz @ W + _dropped(dS @ A, seed, dropout_p)).to(dy.dtype)
+    if need_dA:
+        assert x is not None
+        grads[1] = (dS.T @ _dropped(_wide(x)[0], seed, dropout_p)).to(lora_A.dtype)
+    if need_dB or need_dgate or need_dcore:
+        assert S is not None
+        S1 = _times(S, g)
+    if need_dB:
+        grads[2] = (scaling * (dz.T @ (S1 if R is None else S1 @ R))).to(lora_B.dtype)
+    if need_dbias:
+        grads[3] = wdy.sum(0)
+    if need_dgate:
+        assert S is not None and gate is not None
+        grads[4] = (dS1 * S).sum(0) if gate.dim() == 1 else dS1 * S
+    if need_dcore:
+        grads[5] = S1.T @ dS2
+    if need_dout_scale:
+        assert z is not None
+        grads[6] = (wdy * z).sum(0)
+    return grads
+
+
 # --- an adapter for each row ------------------------------------------------------------------------------------------
 
 

@@ -143,7 +143,7 @@ def test_nothing_outside_the_buffers_is_used_or_written(shape, dtypes):
             dB, dbias = Poisoned(N, r, case.lora_B.dtype), Poisoned(1, N, case.x.dtype)
             _C.lora_backward(
                 M, K, N, r, *map(ops.matrix, (dy, x, weight, lora_A, lora_B)), S.data_ptr(), case.scaling, *dropout,
-                *map(ops.matrix, (dx.inside, dA.inside, dB.inside, dbias.inside[0])), 1,
+                *map(ops.matrix, (dx.inside, dA.inside, dB.inside, dbias.inside[0])), 1, None,
             )  # fmt: skip
             for name, buffer in {"dx": dx, "dA": dA, "dB": dB, "dbias": dbias}.items():
                 assert buffer.is_intact(), name

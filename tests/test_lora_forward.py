@@ -150,7 +150,7 @@ def test_nothing_outside_the_buffers_is_used_or_written(shape, dtypes):
             y, S = Poisoned(M, N, case.x.dtype), torch.full((M * r + 2 * MARGIN,), torch.nan)
             _C.lora_forward(
                 M, K, N, r, *map(ops.matrix, (x, w)), 0, *map(ops.matrix, (lora_A, lora_B, bias)), case.scaling,
-                *dropout, ops.matrix(y.inside), S[MARGIN:].data_ptr(), 1,
+                *dropout, ops.matrix(y.inside), S[MARGIN:].data_ptr(), 1, None,
             )  # fmt: skip
             assert y.is_intact()
             assert S[MARGIN:-MARGIN].isfinite().all()

@@ -44,7 +44,7 @@ def page() -> str:
         "# Methods",
         "",
         f"The {len(methods())} systems of the LoRA family that `lora_ops` has, in PyTorch's layouts: x (M, K), W0 (N, K), "
-        "A (r, K), B (N, r), scaling s. Names are those of `lora_ops`. Each is declared beside its code, with a full docstring; "
+        "A (r, K), B (N, r), scaling s. Names are those of `lora_ops`. Each is declared beside its code, with its docstring; "
         "`python tools/methods_table.py` makes this page of the declarations.",
         "",
         f"What a method changes: {letters}. The test is the one that proves what identifies the method.",

@@ -123,6 +123,12 @@ void DownPanels::pack(const Matrix& right, int64_t task) const {
   pack_right(k, k.f32, right, r, 0, vectors, k0, std::min(kChunk, R - k0), Mask{}, data + k0 * k.lanes, R * k.lanes);
 }
 
+void DownPanels::scale(const float* scale, int64_t task) const {
+  for (int64_t v = 0; v < ceil_div(r, k.lanes); ++v)
+    for (int64_t i = task * kChunk; i < std::min((task + 1) * kChunk, R); ++i)
+      for (int l = 0; l < k.lanes; ++l) data[(v * R + i) * k.lanes + l] *= scale[i];
+}
+
 void DownPanels::multiply(const float* left, int rows, int64_t j, float* c) const {
   k.f32.tile(rows, r - j > k.lanes ? 2 : 1, left, data + j * R, R * k.lanes, R, c, false, {});
 }
@@ -131,6 +137,14 @@ void UpPanels::pack(const Matrix& right, int64_t task) const {
   const int64_t p0 = task * kChunk, p1 = std::min(p0 + kChunk, ceil_div(C, k.panel()));
   pack_right(k, k.f32, right, C, p0 * k.panel(), static_cast<int>(2 * (p1 - p0)), 0, r, Mask{}, data + p0 * r * k.panel(),
              r * k.lanes);
+}
+
+const float* OutScale::padded(const Kernels& k, const float* scale, int64_t C, Workspace& w) {
+  if (!scale) return nullptr;
+  const int64_t size = ceil_div(C, k.panel()) * k.panel();
+  float* out = w.floats(size);
+  std::fill(std::copy_n(scale, C, out), out + size, 0.f);
+  return out;
 }
 
 void Product::plan(int threads) {
@@ -180,15 +194,17 @@ void Product::start(int64_t tile, int64_t panel, float* c) const {
 void Product::finish(int64_t tile, int64_t panel, float* c) const {
   const int64_t row = tiles.start(tile), col = panel * k.panel();
   const Matrix b = bias.data ? from(bias, 0, col) : Matrix{};
-  k.store_tile(c, static_cast<int>(tiles.size(tile)), static_cast<int>(std::min<int64_t>(C - col, k.panel())), b,
-               from(out, row, col));
+  const int rows = static_cast<int>(tiles.size(tile)), cols = static_cast<int>(std::min<int64_t>(C - col, k.panel()));
+  scale.apply(k, c, rows, cols, row, col);
+  k.store_tile(c, rows, cols, b, from(out, row, col));
 }
 
 // The lines of `out` that a tile will be stored to.
 void Product::fetch_out(int64_t tile, int64_t panel) const {
   const int64_t bytes = std::min<int64_t>(C - panel * k.panel(), k.panel()) * size_of(out.dtype);
-  for (int64_t i = tiles.start(tile); i < tiles.start(tile) + tiles.size(tile); ++i)
-    for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(out.at(i, panel * k.panel()) + b, 1, 2);
+  for (const Matrix* m : {&out, &scale.unscaled})
+    for (int64_t i = tiles.start(tile); m->data && i < tiles.start(tile) + tiles.size(tile); ++i)
+      for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(m->at(i, panel * k.panel()) + b, 1, 2);
 }
 
 void Product::run(int64_t task, int64_t next, int thread) const {

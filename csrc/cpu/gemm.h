@@ -144,6 +144,8 @@ struct DownPanels {  // right (R, r)
       : k(k_), R(R_), r(r_), data(w.floats(ceil_div(r_, k_.lanes) * R_ * k_.lanes)) {}
   int64_t tasks() const { return ceil_div(R, kChunk); }
   void pack(const Matrix& right, int64_t task) const;
+  // right's rows, packed, times scale (R)
+  void scale(const float* scale, int64_t task) const;
   // c = left · columns [j, j + panel), from a packed fp32 tile
   void multiply(const float* left, int rows, int64_t j, float* c) const;
 
@@ -170,6 +172,20 @@ struct UpPanels {  // right (r, C)
   static constexpr int64_t kChunk = 8;
 };
 
+// What multiplies a product's columns before the bias.
+struct OutScale {
+  const float* by = nullptr;  // with room for whole panels; null: nothing
+  Matrix unscaled = {};       // where the product is kept as it is; or absent
+
+  // `scale` (C), or null
+  static const float* padded(const Kernels& k, const float* scale, int64_t C, Workspace& w);
+  void apply(const Kernels& k, float* c, int rows, int cols, int64_t row, int64_t col) const {
+    if (!by) return;
+    if (unscaled.data) k.store_tile(c, rows, cols, Matrix{}, from(unscaled, row, col));
+    k.scale_tile(c, rows, by + col);
+  }
+};
+
 class MixedRows;
 
 // One block of rows of the product. `run(task, next, thread)` computes a group of columns for a range of the block's tiles.
@@ -187,6 +203,7 @@ struct Product {
   const UpPanels* tail = nullptr;
   const MixedRows* mixed = nullptr;  // instead, where rows differ in their tail
   Mask tail_mask = {};               // applied to the tail alone
+  OutScale scale = {};               // as `out`
   Matrix bias = {};
   Matrix out = {};  // from the block's first row
 

@@ -120,6 +120,12 @@ struct Kernels {
   void (*load_tile)(const Matrix& y, int rows, int cols, float* c);
   // c[i][j] = 0 where element (i, j) is dropped
   void (*mask_tile)(float* c, int rows, Mask mask);
+  // c[i][j] *= scale[j], a panel's columns
+  void (*scale_tile)(float* c, int rows, const float* scale);
+  // out[j] = row[j] · scale[j], `cols` contiguous elements; out has row's type, or fp32
+  void (*scale_row)(const Matrix& row, int64_t cols, const float* scale, const Matrix& out);
+  // sums[j] += Σ_i a[i][j] · b[i][j], `cols` contiguous elements; b has a's type, or fp32; sums: whole vectors
+  void (*column_dots)(const Matrix& a, const Matrix& b, int64_t rows, int64_t cols, float* sums);
   void (*dropout_mask)(const Dropout& dropout, int64_t row, int64_t cols, uint32_t* words);
   float (*read_all)(const float* p, int64_t count);  // reads `count` floats in order: the bench's bandwidth
 

@@ -1,20 +1,27 @@
 // dS = scaling · dy B ;  dx = dy W0 + drop'(dS A) ;  dA = dSᵀ drop(x) ;  dB = scaling · dyᵀ S ;  dbias = Σ_rows dy
+// and the general form of params.h
 //
 // For each block of rows: every row tile of dy is packed once and multiplied by B while it is hot (dS). Then three kinds of
 // tasks share the threads: groups of columns of dx (gemm.h, dS A being the tail), and groups of columns of x and of dy,
 // reduced over the block's rows into dA and dBᵀ (dbias is one more row of dBᵀ: Sᵀ with a row of ones). Each element of
 // every result is summed by one thread in one order: results do not depend on the number of threads.
+//
+// out_scale acts on the tile of dy that is packed, on B where dS has a tile of its own, and on dB as it is stored: only the
+// product's operand is ever rounded to dy's type. Gate and core act on tiles of S and dS.
 #include "dispatch.h"
 #include "gemm.h"
+#include "middle.h"
 #include "mixed.h"
 
 #include <optional>
+#include <vector>
 
 namespace lora_ops {
 namespace {
 
 constexpr int64_t kColumns = 8;     // panels of a task that reduces over rows: neighbours in memory, read together
 constexpr int64_t kRowBlock = 256;  // rows of a panel packed at a time
+constexpr int64_t kDotChain = 32;   // rows of dy ∘ z summed before they meet the rest
 
 // sums (rows, C) = leftᵀ · right over all rows of M, block by block: left (M, rows) skinny, right (M, C) wide.
 struct RowReduction {
@@ -33,6 +40,14 @@ struct RowReduction {
   int64_t left_size(int64_t M) const { return tiles.count * M * k.lanes; }
   // Where row i of the result and row m of the block meet in the packed left operand, [tile][M][lanes].
   int64_t left_at(int64_t tile, int64_t m, int64_t M) const { return (tile * M + m) * k.lanes; }
+
+  // A tile of the block's rows `first` and on, [column][lanes], as columns [0, count) of the packed left operand.
+  void put(const float* tile, int64_t first, int rows, int64_t count, int64_t M, float* left) const {
+    for (int64_t t = 0; t < tiles.count; ++t)
+      for (int i = 0; i < rows; ++i)
+        for (int64_t j = tiles.start(t); j < std::min(tiles.start(t) + tiles.size(t), count); ++j)
+          left[left_at(t, first + i, M) + j - tiles.start(t)] = tile[j * k.lanes + i];
+  }
 
   // One block of M rows. `mask` belongs to right's rows.
   void run(int64_t task, const float* left, int64_t M, const Matrix& right, Mask mask, bool first_block, float* packed) const {
@@ -63,6 +78,23 @@ struct RowReduction {
   }
 };
 
+// sums[j] (+)= Σ_i a[i][j] · b[i][j]
+void column_dots(const Kernels& k, const Matrix& a, const Matrix& b, int64_t rows, int64_t cols, bool accumulate, float* sums) {
+  if (!accumulate) std::fill_n(sums, cols, 0.f);
+  for (int64_t i = 0; i < rows; i += kDotChain) {
+    alignas(64) float part[kColumns * 2 * kMaxLanes] = {};
+    k.column_dots(from(a, i, 0), from(b, i, 0), std::min(kDotChain, rows - i), cols, part);
+    for (int64_t j = 0; j < cols; ++j) sums[j] += part[j];
+  }
+}
+
+void sum_rows(const float* rows, int64_t M, int64_t r, float* sums) {
+  std::vector<double> wide(r);
+  for (int64_t i = 0; i < M; ++i)
+    for (int64_t j = 0; j < r; ++j) wide[j] += rows[i * r + j];
+  std::copy(wide.begin(), wide.end(), sums);
+}
+
 void backward_blocks(const LoraBackward& p, const Kernels& k) {
   const bool product_here = p.dx.data && (p.weight.data || p.quantized.codes);
   const Arithmetic& arithmetic =
@@ -73,9 +105,9 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
   const bool mixed = p.mixed.ids;
   const bool any_dA = mixed ? std::any_of(p.mixed.adapters, p.mixed.adapters + p.mixed.count, [](auto& a) { return a.dA.data; })
                             : p.dA.data != nullptr;
-  const bool need_dS = p.dx.data || any_dA;
+  const bool through_A = p.dx.data || any_dA, need_dS = through_A || p.dgate || p.dcore;
   const bool own_tile = need_dS && arithmetic.k_per_step > 1;  // dS needs fp32 elements
-  const int64_t words = p.dropout.threshold && need_dS ? mask_words(p.K) : 0;
+  const int64_t words = p.dropout.threshold && through_A ? mask_words(p.K) : 0;
   const int64_t most_rows = blocks.size(0);
 
   Workspace workspace;
@@ -94,11 +126,22 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
   const int64_t own_down = mixed ? MixedRows::backward_size(k, p) : own_tile ? p.N * k.lanes : 0;
   const int64_t own_size = std::max(own_down, 2 * kColumns * padded_vector(kRowBlock * k.lanes));
   float* own = workspace.floats(own_size * threads);
+  const MiddleOf middle(k, p.middle, r, true, threads, workspace);
+  const RowReduction core_grad(k, p.dcore ? r : 0, r, workspace);
+  float* S1_left = workspace.floats(core_grad.left_size(most_rows));
+  float* dS2 = workspace.floats(p.dcore ? most_rows * r : 0);
+  float* own_S = workspace.floats(middle.present() ? threads * r * k.lanes : 0);
+  float* dgate = p.middle.gate_row_stride ? p.dgate : workspace.floats(p.dgate ? p.M * r : 0);
+  const float* out_scale = OutScale::padded(k, p.out_scale, p.N, workspace);
+  const int64_t dz_rows = Steps::left_vectors(k, arithmetic) * k.lanes, dz_stride = p.N + 32;  // as kDecodeStride
+  float* own_dz = workspace.floats(out_scale ? threads * dz_rows * dz_stride : 0);
   float* scratch = nullptr;  // of the first block: no later one is larger
 
   if (p.M == 0) {  // sums over no rows
     std::fill_n(down_grad.sums, down_grad.size(), 0.f);
     std::fill_n(up_grad.sums, up_grad.size(), 0.f);
+    std::fill_n(core_grad.sums, core_grad.size(), 0.f);
+    if (p.dout_scale) std::fill_n(p.dout_scale, p.N, 0.f);
   }
 
   Tasks adapters(need_dS && !mixed ? b.tasks() + a.tasks() : 0);
@@ -121,21 +164,44 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
     std::optional<const MixedRows> rows_of;
     if (mixed) product.mixed = &rows_of.emplace(k, p.mixed, Side::up_A, p.r, p.K, row0, product.tiles);
 
+    // dS2 of a tile becomes dS.
+    const auto through_middle = [&](int64_t first, int rows, float* tail, int thread) {
+      const auto each = [&](const auto& f) {
+        for (int i = 0; i < rows; ++i)
+          for (int64_t j = 0; j < r; ++j) f(i, j, tail[j * k.lanes + i]);
+      };
+      if (p.dcore) each([&](int i, int64_t j, float v) { dS2[(first + i) * r + j] = v; });
+      middle.multiply(middle.transposed_core, rows, tail, thread);
+      const int64_t row = row0 + first;
+      if (p.dgate) each([&](int i, int64_t j, float v) { dgate[(row + i) * r + j] = v * p.S[(row + i) * r + j]; });
+      middle.gate(row, rows, tail);
+      if (p.dropout.threshold) each([&](int, int64_t, float& v) { v *= p.dropout.keep_scale; });
+    };
     // dS of an fp32 tile, which begins at row `first` of the block: the tail's left operand and dA's.
-    const auto dS = [&](const float* tile, int64_t first, int rows, float* tail) {
-      const float scale = p.scaling * p.dropout.keep_scale;
+    const auto dS = [&](const float* tile, int64_t first, int rows, float* tail, int thread) {
+      const float scale = p.scaling * (middle.present() ? 1.f : p.dropout.keep_scale);
       alignas(64) float c[kMaxTile];
       for (int64_t j0 = 0; j0 < p.r; j0 += k.panel()) {
         b.multiply(tile, rows, j0, c);
         for (int64_t j = j0; j < std::min(p.r, j0 + k.panel()); ++j)
           for (int i = 0; i < rows; ++i) tail[j * k.lanes + i] = scale * c[i * k.panel() + j - j0];
       }
-      if (!p.dA.data) return;
-      for (int64_t l = 0; l < down_grad.tiles.count; ++l)
+      if (middle.present()) through_middle(first, rows, tail, thread);
+      if (p.dA.data) down_grad.put(tail, first, rows, p.r, rows_here, dS_left);
+    };
+    // S1 and S2 of a tile of the product.
+    const auto through_S = [&](int64_t t, int thread) {
+      float* tile = own_S + thread * r * k.lanes;
+      each_f32_tile(k, product.tiles.size(t), [&](int64_t i0, int rows) {
+        const int64_t first = product.tiles.start(t) + i0, row = row0 + first;
         for (int i = 0; i < rows; ++i)
-          for (int64_t j = 0; j < down_grad.tiles.size(l); ++j) {
-            dS_left[down_grad.left_at(l, first + i, rows_here) + j] = tail[(down_grad.tiles.start(l) + j) * k.lanes + i];
-          }
+          for (int64_t j = 0; j < r; ++j) tile[j * k.lanes + i] = p.S[(row + i) * r + j];
+        middle.gate(row, rows, tile);
+        if (p.dcore) core_grad.put(tile, first, rows, r, rows_here, S1_left);
+        if (!p.dB.data) return;
+        middle.multiply(middle.core, rows, tile, thread);
+        up_grad.put(tile, first, rows, r, rows_here, S_left);
+      });
     };
     const auto S = [&](int64_t t) {
       for (int64_t l = 0; l < up_grad.tiles.count; ++l)
@@ -146,31 +212,46 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
             S_left[up_grad.left_at(l, i, rows_here) + j] = ones ? 1.f : p.S[(row0 + i) * p.r + col];
           }
     };
+    const auto scaled = [&](const Matrix& dy, int64_t rows, int thread) {
+      const Matrix dz{own_dz + thread * dz_rows * dz_stride, dz_stride, 1, own_tile ? p.dy.dtype : DType::f32};
+      for (int64_t i = 0; i < rows; ++i) k.scale_row(from(dy, i, 0), p.N, out_scale, from(dz, i, 0));
+      return dz;
+    };
     const auto pack_and_down = [&](int64_t t, int thread) {
       const int rows = static_cast<int>(product.tiles.size(t));
       const int64_t first = product.tiles.start(t);
       S(t);
+      if (middle.present() && (p.dB.data || p.dcore)) through_S(t, thread);
       if (words) {
         for (int64_t i = first; i < first + rows; ++i) k.dropout_mask(p.dropout, row0 + i, p.K, bits + i * words);
       }
       if (!need_dS) return;
       float* tile = left + t * steps.left;
-      if (product.left || !mixed) pack_left(k, arithmetic, p.dy, p.M, row0 + first, p.N, Mask{}, tile);
+      const Matrix dy = from(p.dy, row0 + first, 0);
+      const int64_t follow = p.M - row0 - first, together = std::min(follow, dz_rows);
+      if (product.left || !mixed) {
+        pack_left(k, arithmetic, out_scale ? scaled(dy, together, thread) : dy, together, 0, p.N, Mask{}, tile);
+      }
       if (mixed) return rows_of->down(t, p, own + thread * own_size, tail_left, mixed_dS);
       each_f32_tile(k, rows, [&](int64_t i, int rows_there) {
         if (own_tile) {
           tile = own + thread * own_size;
-          pack_left(k, k.f32, p.dy, p.M, row0 + first + i, p.N, Mask{}, tile);
+          pack_left(k, k.f32, dy, follow, i, p.N, Mask{}, tile);
         }
-        dS(tile, first + i, rows_there, tail_left + t * a.left_size(arithmetic.rows) + a.left_at(i));
+        dS(tile, first + i, rows_there, tail_left + t * a.left_size(arithmetic.rows) + a.left_at(i), thread);
       });
     };
 
     const int64_t products = p.dx.data ? product.tasks() : 0;
-    Tasks tiles(product.tiles.count), rest(products + down_grad.tasks() + up_grad.tasks());
+    const int64_t scale_tasks = p.dout_scale ? ceil_div(p.N, kColumns * k.panel()) : 0;
+    Tasks tiles(product.tiles.count), rest(products + down_grad.tasks() + up_grad.tasks() + core_grad.tasks() + scale_tasks);
     parallel(threads, [&](int thread) {
       float* packed = own + thread * own_size;
-      adapters.run([&](int64_t t) { t < b.tasks() ? b.pack(p.lora_B, t) : a.pack(p.lora_A, t - b.tasks()); });
+      adapters.run([&](int64_t t) {
+        if (t >= b.tasks()) return a.pack(p.lora_A, t - b.tasks());
+        b.pack(p.lora_B, t);
+        if (out_scale && own_tile) b.scale(out_scale, t);
+      });
       sync();
       tiles.run([&](int64_t t) { pack_and_down(t, thread); });
       sync();
@@ -179,19 +260,29 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
         t -= products;
         if (t < down_grad.tasks())
           return down_grad.run(t, dS_left, rows_here, from(p.x, row0, 0), product.tail_mask, m == 0, packed);
-        up_grad.run(t - down_grad.tasks(), S_left, rows_here, from(p.dy, row0, 0), Mask{}, m == 0, packed);
+        t -= down_grad.tasks();
+        if (t < up_grad.tasks()) return up_grad.run(t, S_left, rows_here, from(p.dy, row0, 0), Mask{}, m == 0, packed);
+        t -= up_grad.tasks();
+        if (t < core_grad.tasks()) return core_grad.run(t, S1_left, rows_here, Matrix{dS2, r, 1}, Mask{}, m == 0, packed);
+        const int64_t col = (t - core_grad.tasks()) * kColumns * k.panel();
+        column_dots(k, from(p.dy, row0, col), from(p.z, row0, col), rows_here, std::min(p.N - col, kColumns * k.panel()), m > 0,
+                    p.dout_scale + col);
       });
     });
   }
 
   if (mixed) mixed_gradients(k, p, mixed_dS, all_bits, words, threads, workspace);
-  Tasks stores(down_grad.panels() + up_grad.panels());
+  if (p.dgate && dgate != p.dgate) sum_rows(dgate, p.M, r, p.dgate);
+  Tasks stores(down_grad.panels() + up_grad.panels() + core_grad.panels());
   parallel(threads, [&](int) {
     stores.run([&](int64_t t) {
       if (t < down_grad.panels()) return down_grad.store(t, 0, p.r, p.dA);
       t -= down_grad.panels();
-      if (p.dB.data) up_grad.store_transposed(t, p.r, p.scaling, p.dB);
+      if (t >= up_grad.panels()) return core_grad.store(t - up_grad.panels(), 0, r, Matrix{p.dcore, r, 1});
       if (p.dbias.data) up_grad.store(t, up_grad.tiles.total - 1, 1, p.dbias);
+      if (!p.dB.data) return;
+      if (out_scale) k.scale_tile(up_grad.sum(t, 0), static_cast<int>(r), out_scale + t * k.panel());
+      up_grad.store_transposed(t, p.r, p.scaling, p.dB);
     });
   });
 }

@@ -1,14 +1,16 @@
-// S = drop(x) Aᵀ ;  y = x W0ᵀ + scaling · S Bᵀ + bias
+// S = drop(x) Aᵀ ;  y = out_scale ∘ (x W0ᵀ + scaling · ((S ∘ gate) core) Bᵀ) + bias
 //
 // For each block of rows: every row tile of x is packed once, multiplied by A while it is hot (S, and scaling · S as the
 // left operand of the tail), and then the product of gemm.h runs with S Bᵀ as r more steps in the same accumulators: y is
-// rounded and stored once. With dropout, S is taken from a masked copy of the tile; the mask lives as long as the tile does.
+// scaled, rounded and stored once. Gate and core act on the tail's left operand. With dropout, S is taken from a masked copy of
+// the tile; the mask lives as long as the tile does.
 //
 // With few rows a packed weight would be used too rarely to pay for its packing: its rows are read where they lie, or decoded
 // in strips (strip.h).
 #include "../nf4.h"
 #include "dispatch.h"
 #include "gemm.h"
+#include "middle.h"
 #include "mixed.h"
 #include "strip.h"
 
@@ -65,6 +67,8 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
   float* left = workspace.floats(most_tiles * steps.left);
   float* tail_left = workspace.floats(mixed ? blocks.size(0) * p.r * k.lanes : most_tiles * b.left_size(arithmetic.rows));
   float* own = workspace.floats(own_size * threads);
+  const MiddleOf middle(k, p.middle, p.r, false, threads, workspace);
+  const float* scale = OutScale::padded(k, p.out_scale, p.N, workspace);
   float* scratch = nullptr;  // of the first block: no later one is larger
 
   Tasks adapters(mixed ? 0 : a.tasks() + b.tasks());
@@ -77,6 +81,7 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
     product.panels = p.panels;
     product.tail_left = tail_left;
     product.tail = &b;
+    product.scale = {scale, p.z.data ? from(p.z, blocks.start(m), 0) : Matrix{}};
     product.bias = p.bias;
     product.out = from(p.y, blocks.start(m), 0);
     product.plan(threads);
@@ -102,8 +107,9 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
           }
           pack_left(k, k.f32, p.x, p.M, row + first, p.K, mask, tile);
         }
-        down(k, a, tile, rows_here, p.dropout.keep_scale, p.scaling, p.S + (row + first) * p.r,
-             tail_left + t * b.left_size(arithmetic.rows) + b.left_at(first));
+        float* tail = tail_left + t * b.left_size(arithmetic.rows) + b.left_at(first);
+        down(k, a, tile, rows_here, p.dropout.keep_scale, p.scaling, p.S + (row + first) * p.r, tail);
+        if (middle.present()) middle.forward(row + first, rows_here, tail, thread);
       });
     };
 
@@ -142,6 +148,8 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
   float* own = workspace.floats(own_size * threads);
   std::optional<const MixedRows> rows_of;
   if (mixed) rows_of.emplace(k, p.mixed, Side::up_B, p.r, p.N, 0, tiles);
+  const MiddleOf middle(k, p.middle, p.r, false, threads, workspace);
+  const OutScale scale{OutScale::padded(k, p.out_scale, p.N, workspace), p.z};
   std::optional<const Strips> strips;
   if (in_strips) strips.emplace(k, p, threads, workspace);
   const int64_t panels = ceil_div(p.N, k.panel()), r_panels = ceil_div(p.r, k.panel());
@@ -204,12 +212,14 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
           k.dot(rows, x, stride, from(p.weight, col, k0), cols, count, c);
         }
       }
+      scale.apply(k, c, rows, cols, tiles.start(t), col);
       k.store_tile(c, rows, cols, p.bias.data ? from(p.bias, 0, col) : Matrix{}, from(p.y, tiles.start(t), col));
     }
   };
 
   const int64_t pieces = mixed ? tiles.count : tiles.count * r_panels;
   Tasks prepare(p.M + (mixed ? 0 : b.tasks()) + (strips ? strips->tasks() : 0)), downs(pieces), products(panels);
+  Tasks middles(middle.present() ? tiles.count : 0);
   parallel(threads, [&](int thread) {
     prepare.run([&](int64_t t) {
       if (t < p.M) return order(t);
@@ -220,6 +230,12 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
     sync();
     downs.run([&](int64_t task) { mixed ? rows_of->down(task, p, own + thread * own_size, tail_left) : down(task); });
     sync();
+    if (middle.present()) {
+      middles.run([&](int64_t t) {
+        middle.forward(tiles.start(t), static_cast<int>(tiles.size(t)), tail_left + t * p.r * k.lanes, thread);
+      });
+      sync();
+    }
     products.run([&](int64_t panel) { product(panel, thread); });
   });
 }
