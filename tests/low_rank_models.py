@@ -6,27 +6,10 @@ import torch
 from torch import Tensor, nn
 
 import lora_ops
-from lora_ops.factors import Factors
+from lora_ops.factors import Gated, Pair
 
 F64 = torch.float64
 WIDTHS = (12, 16, 16, 6)
-
-
-class Pair(nn.Module):
-    def __init__(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        super().__init__()
-        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
-
-
-class Gated(nn.Module):
-    """The least provider with a gate."""
-
-    def __init__(self, pair: Pair, *, gate: Tensor) -> None:
-        super().__init__()
-        self.pair, self.gate = pair, nn.Parameter(gate)
-
-    def forward(self, x: Tensor) -> Factors:
-        return Factors(self.pair.lora_A, self.pair.lora_B, self.gate)
 
 
 def mlp(dtype: torch.dtype = F64) -> nn.Sequential:
