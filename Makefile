@@ -38,8 +38,10 @@ all: .venv
 demo: .venv/.installed
 	$(BIN)/python examples/finetune.py $(ARGS)
 
+# The executor of PTX compiles and runs on both cores by itself. 5: ARGS chose no test of this part.
 test: .venv/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not cuda" $(ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -m cuda $(ARGS) || [ $$? = 5 ]
 
 bench: .venv/.installed
 	$(BIN)/python -m pytest bench/ $(ARGS)

@@ -111,7 +111,8 @@ def dora_linear(
     hides = training and dropout_p != 0.0
     if x.is_cpu and not hides:
         linear: Callable[..., Tensor] = functional.qlora_linear if isinstance(weight, NF4Weight) else functional.lora_linear
-        c = c.to(torch.promote_types(x.dtype, torch.float32))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        c, bias = c.to(wide), bias if bias is None or bias.dtype == x.dtype else bias.to(wide)
         return linear(x, weight, lora_A, lora_B, scaling=scaling, bias=bias, dropout_p=dropout_p, out_scale=c)
     dtype = functional.autocast_dtype(x)
     if dtype is not None and isinstance(weight, Tensor) and weight.dtype not in (dtype, torch.float32):
