@@ -187,7 +187,7 @@ def combine(
     use='add_weighted_adapter(model, ["law", "chemistry"], [0.5, 0.5], "mean", "cat")',
     changes="C",
     source="PEFT, https://github.com/huggingface/peft",
-    test="test_combine.py::test_cat_of_a_model_computes_what_both_do",
+    test="test_combine_models.py::test_cat_of_a_model_computes_what_both_do",
 )
 @method(
     "ControlPE",
