@@ -139,13 +139,16 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
   const bool mixed = p.mixed.ids;
   const int64_t own_size = mixed ? MixedRows::forward_size(k, p) : 0;
 
+  const bool one = p.M == 1 && !mixed && p.lora_B.col_stride == 1;  // B is used once, too: its rows are read where they lie
+  const int64_t whole_r = ceil_div(p.r, k.lanes) * k.lanes;
+
   Workspace workspace;
-  const UpPanels b(k, mixed ? 0 : p.r, p.N, workspace);
+  const UpPanels b(k, mixed || one ? 0 : p.r, p.N, workspace);
   float* left = workspace.floats((p.M + kDotRows) * stride);  // rows that `dot` rounds up to are read, not used
   float* dropped = same || mixed ? left : workspace.floats((p.M + kDotRows) * stride);
   uint32_t* bits = workspace.words(p.M * words);
   float* tail_left = workspace.floats((mixed ? p.M : tiles.count) * p.r * k.lanes);
-  float* own = workspace.floats(own_size * threads);
+  float* own = workspace.floats((one ? whole_r : own_size) * threads);
   std::optional<const MixedRows> rows_of;
   if (mixed) rows_of.emplace(k, p.mixed, Side::up_B, p.r, p.N, 0, tiles);
   const MiddleOf middle(k, p.middle, p.r, false, threads, workspace);
@@ -197,6 +200,8 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
       alignas(64) float c[kMaxTile];
       if (mixed) {
         rows_of->multiply(t, tail_left, rows, col, c);
+      } else if (one) {
+        k.dot_short(own + thread * whole_r, from(p.lora_B, col, 0), cols, p.r, c);
       } else {
         b.multiply(tail_left + t * p.r * k.lanes, rows, panel, c);
       }
@@ -217,15 +222,15 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
     }
   };
 
-  const int64_t pieces = mixed ? tiles.count : tiles.count * r_panels;
-  Tasks prepare(p.M + (mixed ? 0 : b.tasks()) + (strips ? strips->tasks() : 0)), downs(pieces), products(panels);
+  const int64_t pieces = mixed ? tiles.count : tiles.count * r_panels, packs = mixed || one ? 0 : b.tasks();
+  Tasks prepare(p.M + packs + (strips ? strips->tasks() : 0)), downs(pieces), products(panels);
   Tasks middles(middle.present() ? tiles.count : 0);
   parallel(threads, [&](int thread) {
     prepare.run([&](int64_t t) {
       if (t < p.M) return order(t);
       t -= p.M;
-      if (!mixed && t < b.tasks()) return b.pack(transposed(p.lora_B), t);
-      strips->pack_x(mixed ? t : t - b.tasks());
+      if (t < packs) return b.pack(transposed(p.lora_B), t);
+      strips->pack_x(t - packs);
     });
     sync();
     downs.run([&](int64_t task) { mixed ? rows_of->down(task, p, own + thread * own_size, tail_left) : down(task); });
@@ -235,6 +240,10 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
         middle.forward(tiles.start(t), static_cast<int>(tiles.size(t)), tail_left + t * p.r * k.lanes, thread);
       });
       sync();
+    }
+    if (one) {
+      float* in_order = own + thread * whole_r;
+      for (int64_t j = 0; j < whole_r; ++j) in_order[j] = j < p.r ? tail_left[j * k.lanes] : 0.f;
     }
     products.run([&](int64_t panel) { product(panel, thread); });
   });
