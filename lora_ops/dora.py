@@ -188,22 +188,32 @@ def _wide_rows(weight: Tensor) -> Iterator[Tensor]:
 library.define("weight_products(Tensor weight, Tensor lora_A) -> Tensor")
 
 
+def _check_products(weight: Tensor, lora_A: Tensor) -> None:
+    if weight.dim() != 2 or lora_A.dim() != 2 or lora_A.shape[1] != weight.shape[1] or lora_A.shape[0] < 1:
+        of = f"(r, K) with r >= 1 and K as in weight {tuple(weight.shape)}"
+        raise ValueError(f"lora_A must be {of}, got shape {tuple(lora_A.shape)}")
+
+
 def _products(weight: Tensor, lora_A: Tensor) -> Tensor:
     """A W0ᵀ, (r, N), in fp32 (fp64 for fp64)."""
+    _check_products(weight, lora_A)
     return torch.cat([lora_A.to(rows.dtype) @ rows.T for rows in _wide_rows(weight)], dim=1)
 
 
 def _products_cpu(weight: Tensor, lora_A: Tensor) -> Tensor:
+    _check_products(weight, lora_A)
     kinds = {weight.dtype, lora_A.dtype}
     if not kinds <= ops._DTYPES.keys() or weight.numel() == 0 or ops.base_on_torch(weight.dtype):
         return _products(weight, lora_A)
     y = torch.empty((lora_A.shape[0], weight.shape[0]), dtype=torch.float32)
     nothing = _nothing(lora_A, lora_A.new_empty(weight.shape[0], 1))
-    ops.forward_kernel(ops.rows_of(lora_A), ops.matrix(ops._strided(weight)), None, *nothing, None, None, 0.0, 0.0, y)
+    weight = ops._strided(weight)
+    ops.forward_kernel(ops.rows_of(lora_A), ops.matrix(weight), None, *nothing, None, None, 0.0, 0.0, y)
     return y
 
 
 def _products_fake(weight: Tensor, lora_A: Tensor) -> Tensor:
+    _check_products(weight, lora_A)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return weight.new_empty((lora_A.shape[0], weight.shape[0]), dtype=dtype)
 

@@ -63,8 +63,7 @@ def lora_linear(
         TypeError: a dtype that does not fit.
     """
     if gate is not None or core is not None or out_scale is not None:
-        factors, p = (gate, core, out_scale), dropout_p if training else 0.0
-        return _general(x, weight, lora_A, lora_B, bias, panels, factors, scaling, p)
+        return _general(x, weight, lora_A, lora_B, bias, panels, (gate, core, out_scale), scaling, dropout_p, training)
     if torch.is_grad_enabled():
         check_frozen(weight)
     dtype = autocast_dtype(x)
@@ -126,8 +125,7 @@ def qlora_linear(
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x must be (..., K) with K = {K} as in qweight {(N, K)}, got shape {tuple(x.shape)}")
     if gate is not None or core is not None or out_scale is not None:
-        factors, p = (gate, core, out_scale), dropout_p if training else 0.0
-        return _general(x, qweight, lora_A, lora_B, bias, None, factors, scaling, p)
+        return _general(x, qweight, lora_A, lora_B, bias, None, (gate, core, out_scale), scaling, dropout_p, training)
     x, lora_A, lora_B, bias = autocast(autocast_dtype(x), x, lora_A, lora_B, bias)
     seed = None
     if training and dropout_p != 0.0:
@@ -147,6 +145,7 @@ def _general(
     factors: tuple[Tensor | None, Tensor | None, Tensor | None],
     scaling: float,
     dropout_p: float,
+    training: bool,
 ) -> Tensor:
     dtype = autocast_dtype(x)
     if isinstance(weight, Tensor) and dtype is not None and weight.dtype not in (dtype, torch.float32):
@@ -156,7 +155,7 @@ def _general(
     tensors, blocksize, quant_type = qlora_ops.operand_of(weight)
     operands = x, tensors, blocksize, quant_type, lora_A, lora_B, bias, gate, core, out_scale
     seed = None
-    if dropout_p != 0.0:
+    if training and dropout_p != 0.0:
         general_ops.check(*operands, scaling, dropout_p)  # before the generator moves
         seed = _draw_seed(x)
     y, _, _ = general_ops.lora_general_forward(*operands, panels, seed, float(scaling), float(dropout_p), False)

@@ -37,6 +37,11 @@ def check(x, weight, blocksize, quant_type, lora_A, lora_B, bias, gate, core, ou
     else:
         ops.check(x, weight[0], *beside)
     N, r = lora_B.shape
+    _check_factors(x, N, r, gate, core, out_scale)
+    ops.check_kinds(x, gate=gate, core=core, out_scale=out_scale)
+
+
+def _check_factors(x, N, r, gate, core, out_scale) -> None:  # type: ignore[no-untyped-def]
     of_token = (*x.shape[:-1], r)
     for name, t, may_be, shapes in (
         ("gate", gate, f"(r,) = {(r,)} or (..., r) = {of_token}", ((r,), of_token)),
@@ -45,7 +50,6 @@ def check(x, weight, blocksize, quant_type, lora_A, lora_B, bias, gate, core, ou
     ):
         if t is not None and t.shape not in shapes:
             raise ValueError(f"{name} must be {may_be}, got shape {tuple(t.shape)}")
-    ops.check_kinds(x, gate=gate, core=core, out_scale=out_scale)
 
 
 def _wide(t: Tensor | None) -> Tensor | None:
@@ -101,8 +105,11 @@ def _backward_cpu(  # type: ignore[no-untyped-def]
             dy, x, weight, blocksize, quant_type, lora_A, lora_B, gate, core, out_scale, S, z, seed, scaling, dropout_p,
             need_dx, *need,
         )  # fmt: skip
-    K, g = lora_A.shape[1], ops.rows_of(dy)
-    M, external = g.shape[0], need_dx and ops.base_on_torch(dy.dtype)
+    (r, K), (M, N), g = lora_A.shape, (math.prod(dy.shape[:-1]), dy.shape[-1]), ops.rows_of(dy)
+    _check_factors(dy, N, r, gate, core, out_scale)
+    need_dA, need_dB, _, need_dgate, need_dcore, need_dout_scale = need
+    ops.check_kept(x=(x, M * K, need_dA), S=(S, M * r, need_dB or need_dgate or need_dcore), z=(z, M * N, need_dout_scale))
+    external = need_dx and ops.base_on_torch(dy.dtype)
     dx, operand = torch.empty((M, K) if need_dx and not external else 0, dtype=dy.dtype), None
     if external:
         dz = g if out_scale is None else (g * out_scale).to(g.dtype)

@@ -100,9 +100,10 @@ def _forward_cpu(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, 
         weight = weight if quant_type else [ops._strided(weight[0])]
         y = torch.empty((M, N), dtype=x.dtype)
     S, ids = torch.empty((M, r), dtype=torch.float32), adapter_ids.contiguous()
+    bias = None if bias is None else bias.contiguous()
     _C.multi_lora_forward(
         M, K, N, r, ops.matrix(rows), None if external else _for_kernel(weight, blocksize, quant_type), adapters,
-        scalings.tolist(), dtype, ids.data_ptr(), ops.matrix(None if bias is None else bias.contiguous()),
+        scalings.tolist(), dtype, ids.data_ptr(), ops.matrix(bias),
         *ops._dropout(seed, dropout_p), ops.matrix(y), S.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y.view(*x.shape[:-1], N), S

@@ -106,6 +106,16 @@ def check_kinds(x: Tensor, **beside: Tensor | None) -> None:
 # --- CPU --------------------------------------------------------------------------------------------------------------
 
 
+def check_kept(**kept: tuple[Tensor | None, int, bool]) -> None:
+    """Raises ValueError for what a backward lacks: tensors by name, how many elements they must have, and whether at all."""
+    for name, (t, count, needed) in kept.items():
+        if needed and (t is None or t.numel() != count):
+            got = "None" if t is None else f"shape {tuple(t.shape)}"
+            raise ValueError(f"{name} must have {count} elements for the gradients that are asked for, got {got}")
+        if needed and name == "S" and t is not None and t.dtype != torch.float32:
+            raise TypeError(f"S must be float32, got {t.dtype}")
+
+
 def _strided(t: Tensor) -> Tensor:
     """A 2-D tensor that the kernels can walk: one stride is 1. Copies only what has no such stride."""
     if t.stride(1) == 1 or t.stride(0) == 1 or t.numel() == 0:
@@ -219,11 +229,10 @@ def forward_kernel(
     """Writes y (M, N) and returns S (M, r). Without a weight, y already holds x W0ᵀ."""
     (M, K), N, r = rows.shape, y.shape[1], lora_A.shape[0]
     S = torch.empty((M, r), dtype=torch.float32)
-    A, B = lora_A.contiguous(), lora_B.contiguous()
+    A, B, bias = lora_A.contiguous(), lora_B.contiguous(), None if bias is None else bias.contiguous()
     _C.lora_forward(
-        M, K, N, r, matrix(rows), weight, 0 if panels is None else panels.data_ptr(), matrix(A), matrix(B),
-        matrix(None if bias is None else bias.contiguous()), scaling, *_dropout(seed, dropout_p), matrix(y), S.data_ptr(),
-        torch.get_num_threads(), general,
+        M, K, N, r, matrix(rows), weight, 0 if panels is None else panels.data_ptr(), matrix(A), matrix(B), matrix(bias),
+        scaling, *_dropout(seed, dropout_p), matrix(y), S.data_ptr(), torch.get_num_threads(), general,
     )  # fmt: skip
     return S
 
@@ -247,6 +256,7 @@ def backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Writes dx (M, K) if there is one, and returns dA, dB, dbias. Without a weight, dx already holds dy W0."""
     (M, N), (r, K) = g.shape, lora_A.shape
+    check_kept(x=(x, M * K, need_dA), S=(S, M * r, need_dB))
     A, B = lora_A.contiguous(), lora_B.contiguous()
     rows = rows_of(x) if need_dA and x is not None else None
     dA = torch.empty((r, K) if need_dA else 0, dtype=lora_A.dtype)
@@ -286,8 +296,8 @@ def _lora_forward_cpu(
     external = panels is None and base_on_torch(x.dtype)
     y_dtype = y_dtype or x.dtype
     y = (rows @ weight.to(x.dtype).T).to(y_dtype) if external else torch.empty((rows.shape[0], N), dtype=y_dtype)
-    operand = None if external else matrix(_strided(weight))
-    S = forward_kernel(rows, operand, panels, lora_A, lora_B, bias, seed, scaling, dropout_p, y)
+    weight = _strided(weight)
+    S = forward_kernel(rows, None if external else matrix(weight), panels, lora_A, lora_B, bias, seed, scaling, dropout_p, y)
     return y.view(*x.shape[:-1], N), S
 
 
@@ -313,7 +323,8 @@ def _lora_backward_cpu(
     K, g = weight.shape[1], rows_of(dy)
     external = need_dx and base_on_torch(dy.dtype)
     dx = g @ weight.to(g.dtype) if external else torch.empty((g.shape[0], K) if need_dx else 0, dtype=dy.dtype)
-    operand = matrix(_strided(weight)) if need_dx and not external else None
+    weight = _strided(weight)  # must live as long as the call
+    operand = matrix(weight) if need_dx and not external else None
     rest = backward_kernel(g, x, operand, lora_A, lora_B, S, seed, scaling, dropout_p, dx if need_dx else None, *need)
     return dx.view(*dy.shape[:-1], K) if need_dx else dx, *rest
 

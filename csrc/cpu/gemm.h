@@ -180,9 +180,8 @@ struct OutScale {
   // `scale` (C), or null
   static const float* padded(const Kernels& k, const float* scale, int64_t C, Workspace& w);
   void apply(const Kernels& k, float* c, int rows, int cols, int64_t row, int64_t col) const {
-    if (!by) return;
     if (unscaled.data) k.store_tile(c, rows, cols, Matrix{}, from(unscaled, row, col));
-    k.scale_tile(c, rows, by + col);
+    if (by) k.scale_tile(c, rows, by + col);
   }
 };
 

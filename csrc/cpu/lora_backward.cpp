@@ -175,7 +175,7 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
       const int64_t row = row0 + first;
       if (p.dgate) each([&](int i, int64_t j, float v) { dgate[(row + i) * r + j] = v * p.S[(row + i) * r + j]; });
       middle.gate(row, rows, tail);
-      if (p.dropout.threshold) each([&](int, int64_t, float& v) { v *= p.dropout.keep_scale; });
+      if (p.dropout.keep_scale != 1.f) each([&](int, int64_t, float& v) { v *= p.dropout.keep_scale; });
     };
     // dS of an fp32 tile, which begins at row `first` of the block: the tail's left operand and dA's.
     const auto dS = [&](const float* tile, int64_t first, int rows, float* tail, int thread) {

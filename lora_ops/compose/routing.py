@@ -37,6 +37,8 @@ def set_adapter_gate(model: nn.Module, gate: Tensor | Sequence[Tensor] | None) -
     if len(gates) != len(layers):
         raise ValueError(f"gate must be one tensor, or one for each of {len(layers)} layers, got {len(gates)}")
     for (name, layer), g in zip(layers.items(), gates, strict=True):
+        if g is not None:
+            _check_weighted(name, layer, layer.active_adapters)
         n = len(layer.active_adapters)
         if g is not None and (g.dim() < 1 or g.shape[-1] != n):
             raise ValueError(f"gate must be (..., n) with n = {n}, the active adapters of {name}, got {tuple(g.shape)}")
@@ -65,9 +67,7 @@ def add_router(model: Model, adapters: Sequence[str], router: nn.Module, *, trai
         raise ValueError("model has a router already; call remove_router(model) first")
     layers = _linear_layers(model)
     for name, layer in layers.items():
-        refused = [a for a in adapters if a in layer.lora_magnitude_vector or a in layer.lora_B_bias]
-        if refused:
-            raise ValueError(f"adapters must be neither DoRA nor have a bias of B, got {refused[0]!r} in {name}")
+        _check_weighted(name, layer, adapters)
     set_adapter(model, adapters)
     if not train_adapters:
         for layer in layers.values():
@@ -111,6 +111,12 @@ def _route(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise ValueError("use_cache must be False for a model with a router, which sees all tokens, got a cache")
     # The gates stay until the next forward: activation checkpointing computes layers again in the backward.
     set_adapter_gate(model, model.lora_router(model, *args, **kwargs))
+
+
+def _check_weighted(name: str, layer: FusedLoraLinear, adapters: Sequence[str]) -> None:
+    refused = [a for a in adapters if a in layer.lora_magnitude_vector or a in layer.lora_B_bias]
+    if refused:
+        raise ValueError(f"adapters must be neither DoRA nor have a bias of B, got {refused[0]!r} in {name}")
 
 
 def _linear_layers(model: nn.Module) -> dict[str, FusedLoraLinear]:

@@ -243,7 +243,7 @@ class NamedAdapters(FrozenWeight):
             return None
         if len(names) < len(self.active_adapters):
             gate = gate[..., [self.active_adapters.index(name) for name in names]]
-        return gate.expand(*x.shape[:-1], len(names))
+        return gate.to(torch.promote_types(x.dtype, torch.float32)).expand(*x.shape[:-1], len(names))
 
     def _bias_with(self, names: Sequence[str]) -> Tensor | None:
         """The layer's bias, and of every adapter with a bias of B that, times its scaling, in fp32 at least."""
@@ -311,6 +311,8 @@ class NamedAdapters(FrozenWeight):
         """
         if not self.active_adapters:
             raise RuntimeError("no adapter is active: there is nothing to merge; call set_adapter() first")
+        if self.adapter_gate is not None:
+            raise RuntimeError("a gate weighs the adapters row by row: no weight does the same; set it to None first")
         weight = self._dense_weight(torch.promote_types(self.lora_A[self.active_adapter].dtype, torch.float32))
         merged, bias = weight, None
         for name in self.active_adapters:
