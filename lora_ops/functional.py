@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import general_ops, ops, qlora_ops
+from . import checks, general_ops, ops, qlora_ops
 from .autograd import check_frozen
 from .quant import NF4Weight
 from .registry import method
@@ -72,7 +72,7 @@ def lora_linear(
     x, lora_A, lora_B, bias = autocast(dtype, x, lora_A, lora_B, bias)
     seed = None
     if training and dropout_p != 0.0:
-        ops.check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)  # before the generator moves
+        checks.check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)  # before the generator moves
         seed = _draw_seed(x)
     y, _ = ops.lora_forward(x, weight, lora_A, lora_B, bias, panels, seed, float(scaling), float(dropout_p))
     return y

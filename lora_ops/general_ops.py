@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import ops, qlora_ops, reference
+from . import checks, ops, qlora_ops, reference
 from .autograd import _below_autograd, check_frozen, dispatcher_has_no_say, library, needs_grad, register
 from .multi_ops import _codes, _dense, _for_kernel
 
@@ -35,10 +35,10 @@ def check(x, weight, blocksize, quant_type, lora_A, lora_B, bias, gate, core, ou
     if quant_type:
         qlora_ops.check(x, _codes(weight, blocksize, quant_type), *beside)
     else:
-        ops.check(x, weight[0], *beside)
+        checks.check(x, weight[0], *beside)
     N, r = lora_B.shape
     _check_factors(x, N, r, gate, core, out_scale)
-    ops.check_kinds(x, gate=gate, core=core, out_scale=out_scale)
+    checks.check_kinds(x, gate=gate, core=core, out_scale=out_scale)
 
 
 def _check_factors(x, N, r, gate, core, out_scale) -> None:  # type: ignore[no-untyped-def]
@@ -108,7 +108,7 @@ def _backward_cpu(  # type: ignore[no-untyped-def]
     (r, K), (M, N), g = lora_A.shape, (math.prod(dy.shape[:-1]), dy.shape[-1]), ops.rows_of(dy)
     _check_factors(dy, N, r, gate, core, out_scale)
     need_dA, need_dB, _, need_dgate, need_dcore, need_dout_scale = need
-    ops.check_kept(x=(x, M * K, need_dA), S=(S, M * r, need_dB or need_dgate or need_dcore), z=(z, M * N, need_dout_scale))
+    checks.check_kept(x=(x, M * K, need_dA), S=(S, M * r, need_dB or need_dgate or need_dcore), z=(z, M * N, need_dout_scale))
     external = need_dx and ops.base_on_torch(dy.dtype)
     dx, operand = torch.empty((M, K) if need_dx and not external else 0, dtype=dy.dtype), None
     if external:

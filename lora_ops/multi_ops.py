@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import _C, ops, qlora_ops, reference
+from . import _C, checks, ops, qlora_ops, reference
 from .autograd import _below_autograd, check_frozen, library, plain_call, register
 
 _ARGUMENTS = (
@@ -39,12 +39,12 @@ def check(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter
         raise ValueError(f"adapter_ids must be (rows,) = ({M},) of int64, got shape {shape}, {adapter_ids.dtype}")
     if not lora_A:
         beside = x.new_empty(1, K), x.new_empty(N, 1)
-        ops.check_beside(x, (N, K), dense, *beside, bias, 1.0, dropout_p)
+        checks.check_beside(x, (N, K), dense, *beside, bias, 1.0, dropout_p)
     dtype, device = lora_A[0].dtype if lora_A else None, x.device
     for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
         r = A.shape[0]
         if i == 0 or r < 1 or A.shape != (r, K) or B.shape != (N, r) or A.device != device or B.device != device:
-            ops.check_beside(x, (N, K), dense, A, B, bias, 1.0, dropout_p)
+            checks.check_beside(x, (N, K), dense, A, B, bias, 1.0, dropout_p)
         if A.dtype is not dtype or B.dtype is not dtype:
             raise TypeError(
                 f"lora_A and lora_B of all adapters in a batch must have one dtype, got {dtype}, {A.dtype}, {B.dtype}"

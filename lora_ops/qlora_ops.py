@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import checks, ops, reference
 from .autograd import Operator, library, register, register_autograd
 from .quant import NF4Weight, layout
 
@@ -103,7 +103,7 @@ def check(
 
 
 def _check_beside(x: Tensor, codes: Tensor, *beside) -> None:  # type: ignore[no-untyped-def]
-    ops.check_beside(x, (codes.shape[0], x.shape[-1]), None, *beside)
+    checks.check_beside(x, (codes.shape[0], x.shape[-1]), None, *beside)
     if codes.device != x.device:
         raise ValueError(f"codes must be on x's device {x.device}, got {codes.device}")
 
