@@ -33,6 +33,7 @@ def cells(size: Size) -> list[Cell]:
         for lr in size.grid:
             found += [Cell(study="methods", method=name, lr=lr, width=size.widths[-2], **common) for name in METHODS]
             found += [Cell(study="starts", method=name, lr=lr, width=size.widths[-2], **common) for name in VARIANTS]
+        for lr in size.grid[2:-2] or size.grid:
             found += [
                 Cell(study="ratio", method="LoRA+", lr=lr, width=width, ratio=ratio, **common)
                 for width in size.widths
@@ -109,7 +110,7 @@ def run(cell: Cell, size: Size) -> dict[str, Any]:
     task, base = pretrained(cell.width, cell.seed)
     model = copy.deepcopy(base)
     torch.manual_seed(cell.seed)
-    steps = {"ratio": 100, "scaling": 150}.get(cell.study, 300) // size.hurry
+    steps = {"ratio": 100, "scaling": 150}.get(cell.study, 200) // size.hurry
     setup = Setup(
         targets="[024]",
         steps=steps,

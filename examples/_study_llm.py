@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 GRID = tuple(1e-5 * 10 ** (k / 2) for k in range(9))  # to 0.1
 BEGIN = {"full": 2, "VeRA": 6, "LoRA-GA": 3, "PiSSA": 3, "OLoRA": 3, "LoRA+": 3}  # where the climb begins; others: 4
-BATCH, LENGTH, CALIBRATION = 2, 64, 4
-VALIDATION, TEST = 6, 8  # blocks
+BATCH, LENGTH, CALIBRATION = 1, 64, 8
+VALIDATION, TEST = 4, 6  # blocks
 
 
 def wanted(rows: Iterable[Row], size: Size) -> list[Cell]:
@@ -59,8 +59,8 @@ def loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 @cache
-def loaded(directory: Path | None) -> tuple[nn.Module, np.ndarray, Tensor]:
-    """Model, training blocks, held-out blocks. Without a directory: a random Llama and bytes."""
+def loaded(directory: Path | None) -> tuple[nn.Module, np.ndarray, Tensor, list[float]]:
+    """Model, training blocks, held-out blocks and their losses. Without a directory: a random Llama and bytes."""
     transformers.utils.logging.disable_progress_bar()
     if directory is None:
         torch.manual_seed(0)
@@ -75,12 +75,13 @@ def loaded(directory: Path | None) -> tuple[nn.Module, np.ndarray, Tensor]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
         ids = [tokenizer(text)["input_ids"] for text in finetune.split(finetune.documents(None))]
     blocks = [finetune.blocks(part, LENGTH, name) for part, name in zip(ids, ("training", "held-out"), strict=True)]
-    held_out = blocks[1][:: len(blocks[1]) // (VALIDATION + TEST)][: VALIDATION + TEST]  # from all of it
-    return model, blocks[0], torch.from_numpy(held_out)
+    apart = len(blocks[1]) // (VALIDATION + TEST)
+    held_out = torch.from_numpy(blocks[1][::apart][: VALIDATION + TEST])
+    return model, blocks[0], held_out, evaluate(model, held_out)
 
 
 def run(cell: Cell, size: Size, directory: Path | None) -> dict[str, Any]:
-    base, blocks, held_out = loaded(directory)
+    base, blocks, held_out, before = loaded(directory)
     model = copy.deepcopy(base)
     if cell.method == "full":
         model.float()  # bfloat16 would round most of its updates away
@@ -93,7 +94,6 @@ def run(cell: Cell, size: Size, directory: Path | None) -> dict[str, Any]:
         batches=list(ids[size.lm_steps :]),
         loss=loss,
     )
-    before = evaluate(model, held_out)
     begun, init_s = start(model, cell.method, setup)
     found = train(model, begun, cell.lr, ids[: size.lm_steps], loss)
     losses = found.pop("losses")
