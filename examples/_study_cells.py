@@ -64,6 +64,13 @@ def read(path: Path) -> dict[Cell, Row]:
     return found
 
 
+def mend(path: Path) -> None:
+    """Removes a last line that was cut off."""
+    if path.exists():
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+
+
 def append(path: Path, cell: Cell, metrics: Row) -> None:
     new = not path.exists()
     with path.open("a", newline="") as file:

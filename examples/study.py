@@ -22,7 +22,7 @@ import _study_digits as digits
 import _study_llm as llm
 import _study_report as report
 import torch
-from _study_cells import SHORT, Cell, Row, Size, append, read
+from _study_cells import SHORT, Cell, Row, Size, append, mend, read
 from tqdm import tqdm
 
 PROCESSES = 2
@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         llm.prepare(model)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "runs.csv"
+    mend(path)
     known = read(path)
     bar = tqdm(desc="runs", unit="run", mininterval=1, initial=len(known), total=len(known) + len(wanted(known, size)))
     for _ in runs(size, model, path, options.processes):
