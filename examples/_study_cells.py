@@ -10,6 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 GRID = tuple(1e-4 * 2**k for k in range(12))  # of learning rates; 0.0001 to 0.2
+WORST = 100.0  # what a loss that is larger, or not finite, counts as
 
 
 @dataclass(frozen=True)

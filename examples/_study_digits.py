@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _study_cells import Cell, Row, Size, best_lr, pick
+from _study_cells import WORST, Cell, Row, Size, best_lr, pick
 from _study_methods import METHODS, VARIANTS, Setup, start, train
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ CLASSES, BATCH, PRETRAINING = 10, 128, 600
 HEAD_RANK = 5  # LoRA-GA needs 2 r <= 10 outputs
 CALIBRATION = 8  # batches
 CHECKPOINTS = 4
-WORST = 10.0  # what a loss that is larger, or not finite, counts as
 RANKS, RATIOS = (2, 8, 32, 128, 512), (1, 4, 16, 64, 256)
 LOW_RANKS = (1, 2, 4, 8, 16, 64)
 
@@ -134,7 +133,7 @@ def run(cell: Cell, size: Size) -> dict[str, Any]:
     found = train(model, begun, lr, task.batches(task.new, steps, cell.seed), loss, checkpoint)
     losses = np.nan_to_num(np.array(found.pop("losses")), nan=WORST, posinf=WORST).clip(max=WORST)
     losses = np.append(losses, np.full(steps - len(losses), WORST))
-    smooth = ema(losses)
+    smooth = smoothed(losses)
     model.eval()
     found |= {
         "init_s": init_s,
@@ -153,12 +152,10 @@ def run(cell: Cell, size: Size) -> dict[str, Any]:
     return found
 
 
-def ema(losses: np.ndarray, keep: float = 0.9) -> np.ndarray:
-    """Exponential mean that starts at the first loss."""
-    smooth = [float(losses[0])]
-    for value in losses[1:]:
-        smooth.append(keep * smooth[-1] + (1 - keep) * float(value))
-    return np.array(smooth)
+def smoothed(losses: np.ndarray, window: int = 5) -> np.ndarray:
+    """Medians of a loss and its neighbours: unlike a running mean they do not lag behind, however large the first losses are."""
+    padded = np.pad(losses, window // 2, mode="edge")
+    return np.median(np.lib.stride_tricks.sliding_window_view(padded, window), axis=1)
 
 
 def reached(smooth: np.ndarray, level: float) -> int:

@@ -15,7 +15,7 @@ import finetune
 import numpy as np
 import torch
 import transformers
-from _study_cells import Cell, Row, Size, best_lr, pick
+from _study_cells import WORST, Cell, Row, Size, best_lr, pick
 from _study_methods import METHODS, Setup, start, train
 from torch import Tensor, nn
 
@@ -109,6 +109,6 @@ def run(cell: Cell, size: Size, directory: Path | None) -> dict[str, Any]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, ids: Tensor) -> list[float]:
-    """The loss of each block; of a model that has diverged, 99."""
+    """The loss of each block."""
     model.eval()
-    return [min(value, 99.0) if np.isfinite(value) else 99.0 for value in (loss(model, b).item() for b in ids.split(1))]
+    return [min(value, WORST) if np.isfinite(value) else WORST for value in (loss(model, b).item() for b in ids.split(1))]

@@ -118,6 +118,6 @@ def test_verdicts() -> None:
 
 
 def test_steps_to_a_loss() -> None:
-    smooth = _study_digits.ema(np.array([1.0, 0.0, 0.0]), keep=0.5)
-    assert smooth.tolist() == [1.0, 0.5, 0.25]
-    assert [_study_digits.reached(smooth, level) for level in (0.6, 0.3, 0.1)] == [2, 3, 4]
+    smooth = _study_digits.smoothed(np.array([9.0, 3.0, 9.0, 1.0, 0.9, 0.2, 0.8, 0.1]), window=3)
+    assert smooth.tolist() == [9.0, 9.0, 3.0, 1.0, 0.9, 0.8, 0.2, 0.1]
+    assert [_study_digits.reached(smooth, level) for level in (4, 1, 0.5, 0.1)] == [3, 5, 7, 9]
