@@ -38,7 +38,7 @@ class Size:
     lm_steps: int = 20
 
 
-SHORT = Size(seeds=2, grid=GRID[3::3], widths=(32, 64, 128), hurry=6, smollm2=False, lm_steps=6)
+SHORT = Size(seeds=2, grid=GRID[4::4], widths=(32, 64, 128), hurry=5, smollm2=False, lm_steps=6)
 
 METRICS = (
     "t50", "t10", "loss", "val", "val_loss", "test", "old", "shifted", "before", "params", "saved_kib", "gradient",

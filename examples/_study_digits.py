@@ -153,7 +153,7 @@ def run(cell: Cell, size: Size) -> dict[str, Any]:
 
 
 def smoothed(losses: np.ndarray, window: int = 5) -> np.ndarray:
-    """Medians of a loss and its neighbours: unlike a running mean they do not lag behind, however large the first losses are."""
+    """Medians of a loss and its neighbours, which do not lag behind large first losses as running means do."""
     padded = np.pad(losses, window // 2, mode="edge")
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, window), axis=1)
 

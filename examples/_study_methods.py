@@ -123,10 +123,10 @@ def targeted(model: nn.Module, s: Setup) -> list[nn.Linear]:
 
 
 def start(model: nn.Module, method: str, s: Setup) -> tuple[Start, float]:
-    """Changes the model into that of the method; and the seconds that it took."""
-    begin = time.perf_counter()
+    """Changes the model into that of the method; and the CPU seconds that it took."""
+    begin = time.process_time()
     begun = (METHODS | VARIANTS)[method](model, s)
-    return begun, time.perf_counter() - begin
+    return begun, time.process_time() - begin
 
 
 def train(
@@ -144,7 +144,7 @@ def train(
 
     Returns:
         losses, of every step; gradient, the norm at the first step; params; saved_kib, what the first forward keeps for its
-        backward, parameters aside; train_s.
+        backward, parameters aside; train_s, CPU seconds.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     # Ratio 1 is plain AdamW.
@@ -153,7 +153,7 @@ def train(
     found: dict[str, Any] = {"params": sum(p.numel() for p in trained)}
     losses: list[float] = []
     model.train()
-    begin = time.perf_counter()
+    begin = time.process_time()
     for step, batch in enumerate(batches, start=1):
         saved = Saved(model) if step == 1 else None
         value = loss(model, batch) if saved is None else saved.during(lambda batch=batch: loss(model, batch))
@@ -169,7 +169,7 @@ def train(
         optimizer.step()
         begun.around.on_step(step)
         optimizer.zero_grad()
-    return found | {"losses": losses, "train_s": time.perf_counter() - begin}
+    return found | {"losses": losses, "train_s": time.process_time() - begin}
 
 
 class Saved:

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import _study_llm as llm
@@ -66,7 +65,6 @@ def lm_table(rows: list[Row]) -> Table:
         best = results.lm(name)
         row = {"method": name, "parameters": int(best[0]["params"]), "lr": best[0]["lr"]}
         row |= {"before": over_seeds(best, "before")[0]} | spread(best, "loss")
-        row["initialisation, in steps"] = median(x["init_s"] / (x["train_s"] / len(x["curve"])) for x in best)
         table.append(row | {"at the grid's edge": edge({"yes": best[0]["lr"]}, llm.GRID)})
     return table
 
@@ -136,7 +134,7 @@ same start (base model, data, order): their mean must exceed their standard devi
 * **Learning rates**: each method's own best from one grid: digits {", ".join(f"{lr:.2g}" for lr in size.grid)}; SmolLM2
   {", ".join(f"{lr:.2g}" for lr in llm.GRID)}, climbed from the middle until the best has neighbours on both sides. "At the
   grid's edge" marks those that may have a better one beyond.
-* **Seconds** are of a machine that did other work; only the ratio of initialisation to training, of one process, is used.
+* **Seconds** are CPU seconds, on a machine that did other work: only LoRA-GA's, of one process each, are compared.
 * Full fine-tuning trains the weights of the same layers. LoRA-FA is the one with the preconditioned gradient; "B only" is its
   first form. +SO is rsLoRA with random A and B and the offset; +GA is LoRA-GA with scale "unit" and alpha / r.
 
