@@ -57,7 +57,7 @@ def lora_ga(r: Results) -> list[Claim]:
             "Its initialisation takes a negligible share of the time",
             source,
             ", ".join(f"{part} {value:.1%}" for part, value in share.items())
-            + f" of the time of {LONG_RUN} steps, which are short here (128 digits; 64 tokens): longer ones cost more, it does not "
+            + f" of the time of {LONG_RUN} steps, which are short here (128 digits; 64 tokens): of longer ones it is less "
             f"(holds: below {NEGLIGIBLE:.0%})",
             verdict(*(value < NEGLIGIBLE for value in share.values())),
         ),

@@ -89,7 +89,7 @@ def markdown(table: Table, columns: Iterable[str] | None = None) -> str:
     columns = [c for c in (columns or table[0]) if not c.endswith(" sd")]
     rows = [columns, ["---"] * len(columns)]
     for row in table:
-        rows.append([shown(row[c]) + (f" ± {row[f'{c} sd']:.1g}" if f"{c} sd" in row else "") for c in columns])
+        rows.append([shown(row[c]) + (f" ± {row[f'{c} sd']:.2g}" if f"{c} sd" in row else "") for c in columns])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
@@ -117,6 +117,7 @@ claim that fails here may hold for large ones.
 
 Mean ± standard deviation over {size.seeds} random starts. "Better" is a verdict on the differences between runs with the
 same start (base model, data, order): their mean must exceed their standard deviation; else no difference was seen.
+Steps are those until the loss has fallen that far; one more than the run has means never.
 
 {markdown(claim_table)}
 

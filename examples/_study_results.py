@@ -35,7 +35,7 @@ class Results:
 
 def text(rows: Iterable[Row], metric: str, digits: int = 3) -> str:
     m, s = over_seeds(rows, metric)
-    return f"{m:.{digits}g} ± {s:.1g}" if digits < 4 else f"{m:.{digits - 1}f} ± {s:.3f}"
+    return f"{m:.{digits}g} ± {s:.2g}" if digits < 4 else f"{m:.{digits - 1}f} ± {s:.3f}"
 
 
 def listed(by_name: Mapping[Any, list[Row]], metric: str) -> str:
@@ -55,7 +55,7 @@ def verdict(*parts: bool | str) -> str:
     held = [part in (True, "holds") for part in parts]
     if any(held):
         return "holds" if all(held) else "partly"
-    return NO_DIFFERENCE if NO_DIFFERENCE in parts else "does not hold"
+    return NO_DIFFERENCE if all(part == NO_DIFFERENCE for part in parts) else "does not hold"
 
 
 def ratio_of(a: list[Row], b: list[Row], metric: str) -> float:

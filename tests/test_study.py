@@ -114,7 +114,8 @@ def test_verdicts() -> None:
     assert better(noisy, fast, "t10") == "no difference seen"
     assert verdict(True, "holds") == "holds"
     assert verdict("no difference seen", True) == "partly"
-    assert verdict(False, "no difference seen") == "no difference seen"
+    assert verdict(False, "no difference seen") == "does not hold"
+    assert verdict("no difference seen", "no difference seen") == "no difference seen"
 
 
 def test_steps_to_a_loss() -> None:
