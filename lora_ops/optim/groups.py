@@ -16,8 +16,8 @@ from ..registry import method
     changes="O",
     source="Hayou et al. 2024, https://arxiv.org/abs/2402.12354",
     test="test_optim.py::test_loraplus_is_pefts",
-    note="Texts differ on how the best ratio grows with the width n, as √n or as n: both are limits. In small networks it "
-    "grows slowly, and a grid of learning rates that misses the best one of ratio 1 makes the gain far larger than it is.",
+    note="Texts differ on how the best ratio grows with the width n, as √n or as n: both are limits. On digits (docs/study) it "
+    "is far above 1 and does not grow; a grid of learning rates that misses the best one of ratio 1 makes the gain too large.",
 )
 def loraplus_groups(
     model: nn.Module,
