@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..nn.adapter import check_adapter
 from ..registry import method
@@ -110,6 +111,18 @@ class LoraConfig:
     def alpha_of(self, module_name: str) -> float:
         """lora_alpha of the layer of that name."""
         return next((a for key, a in self.alpha_pattern.items() if matches_pattern(key, module_name)), self.lora_alpha)
+
+    def adapter_of(self, module_name: str) -> dict[str, Any]:
+        """What the layer of that name is told of its adapter."""
+        return {
+            "r": self.rank_of(module_name),
+            "lora_alpha": self.alpha_of(module_name),
+            "lora_dropout": self.lora_dropout,
+            "use_rslora": self.use_rslora,
+            "init_lora_weights": self.initialisation,
+            "use_dora": self.use_dora,
+            "lora_bias": self.lora_bias,
+        }
 
 
 def matches_pattern(key: str, module_name: str) -> bool:

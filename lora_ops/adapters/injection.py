@@ -89,15 +89,9 @@ def add_lora(
         make = from_layer(module)
         return make(
             module,
-            config.rank_of(name),
-            lora_alpha=config.alpha_of(name),
-            lora_dropout=config.lora_dropout,
-            use_rslora=config.use_rslora,
-            init_lora_weights=config.initialisation,
+            **config.adapter_of(name),
             adapter_dtype=adapter_dtype,
             adapter_name=adapter_name,
-            use_dora=config.use_dora,
-            lora_bias=config.lora_bias,
             **(of_linear if make == FusedLoraLinear.from_linear else {}),
         )
 

@@ -40,17 +40,7 @@ def add_adapter(model: Model, config: LoraConfig, adapter_name: str, *, adapter_
     copies = copies_of(modules_to_save(model, config, {layer: name for name, layer in layers.items()}))
     try:
         for name, layer in layers.items():
-            layer.add_adapter(
-                adapter_name,
-                config.rank_of(name),
-                lora_alpha=config.alpha_of(name),
-                lora_dropout=config.lora_dropout,
-                use_rslora=config.use_rslora,
-                init_lora_weights=config.initialisation,
-                adapter_dtype=adapter_dtype,
-                use_dora=config.use_dora,
-                lora_bias=config.lora_bias,
-            )
+            layer.add_adapter(adapter_name, **config.adapter_of(name), adapter_dtype=adapter_dtype)
     except BaseException:
         for layer in layers.values():
             layer._forget(adapter_name)
