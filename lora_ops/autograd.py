@@ -23,17 +23,16 @@ class Operator(NamedTuple):
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     weight_args: int
-    # What the dispatcher ends up with for a CPU's tensors.
-    forward_cpu: Callable[..., Any]
-    backward_cpu: Callable[..., Any]
+    # What the dispatcher ends up with, forward and backward, by whether x is on a GPU (which has both once cuda/ is imported).
+    direct: dict[bool, tuple[Callable[..., Any], Callable[..., Any]]]
 
     def __call__(self, *args: Any) -> Any:
         """`forward`, without the dispatcher where only its price would be noticed: it is paid for every layer of a step, by
         code that the layer before has swept from the caches."""
-        if not dispatcher_has_no_say(args):
+        if not dispatcher_has_no_say(args, gpu=True):
             return self.forward(*args)
         if not needs_grad(args):
-            return self.forward_cpu(*args)
+            return self.direct[args[0].is_cuda][0](*args)
         self.check_frozen(args)
         return _Lora.apply(self, None, *args)
 
@@ -48,7 +47,7 @@ def needs_grad(args: tuple[Any, ...]) -> bool:
 
 
 class _Lora(torch.autograd.Function):
-    """Below the dispatcher's autograd key: `keyset` says where the call goes on to. None: to the CPU's kernel."""
+    """Below the dispatcher's autograd key: `keyset` says where the call goes on to. None: to what `direct` has for x."""
 
     @staticmethod
     def forward(ctx, op, keyset, *args):  # type: ignore[no-untyped-def]
@@ -57,7 +56,7 @@ class _Lora(torch.autograd.Function):
         need_x, *_, need_A, need_B, need_bias = ctx.needs_input_grad[2 : n + 5]
         if keyset is None:
             with torch._C._AutoDispatchBelowAutograd():
-                y, S = op.forward_cpu(*args)
+                y, S = op.direct[x.is_cuda][0](*args)
         else:
             y, S = _below_autograd(op.forward, keyset, *args)
         # dA alone needs x, dB alone needs S: a frozen A saves no activation at all.
@@ -80,7 +79,8 @@ class _Lora(torch.autograd.Function):
         x, lora_A, lora_B, S, seed, *tensors = ctx.saved_tensors
         weight = [plain if t is None else t for t, plain in zip(tensors, ctx.plain, strict=True)]
         args = (dy, x, *weight, lora_A, lora_B, S, seed, ctx.scaling, ctx.dropout_p, *ctx.need)
-        gradients = (ctx.op.backward_cpu if dispatcher_has_no_say(args) else ctx.op.backward)(*args)
+        direct = dispatcher_has_no_say(args, gpu=True)
+        gradients = (ctx.op.direct[dy.is_cuda][1] if direct else ctx.op.backward)(*args)
         if ctx.need[3]:
             gradients = (*gradients[:3], gradients[3].to(ctx.bias_dtype))
         n = 3 + ctx.op.weight_args
@@ -115,12 +115,13 @@ def register_autograd(name: str, op: Operator) -> None:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def dispatcher_has_no_say(args: tuple[Any, ...]) -> bool:
-    """Whether the dispatcher would do nothing but autograd and the CPU's kernel: no subclass, no mode, no tracer."""
+def dispatcher_has_no_say(args: tuple[Any, ...], gpu: bool = False) -> bool:
+    """Whether the dispatcher would do nothing but autograd and the kernel of the CPU, or with `gpu` of either: no subclass, no
+    mode, no tracer."""
     if torch.compiler.is_compiling():
         return False
     return (
-        args[0].is_cpu
+        (args[0].is_cpu or (gpu and args[0].is_cuda))
         and all(type(t) in _PLAIN for t in args if isinstance(t, Tensor))
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0

@@ -185,7 +185,7 @@ def self_test(
 
 def known(device: torch.device) -> dict[str, str]:
     """The paths chosen so far."""
-    return dispatch.known_paths(device).known() if dispatch.extension() is not None else {}
+    return dispatch.known_paths(device.index).known() if dispatch.extension() is not None else {}
 
 
 def bench(device: torch.device) -> Iterator[str]:

@@ -162,10 +162,14 @@ def _general(
     return y
 
 
+# Asked once: not every torch's compiler knows the question.
+_AUTOCAST = frozenset(d for d in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(d))
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast makes of x, or None where it does not act."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device in _AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return None
 

@@ -305,7 +305,7 @@ def fake_gradients(
 
 _FORWARD = register("lora_forward", _lora_forward_cpu, forward_reference, _lora_forward_fake)
 _BACKWARD = register("lora_backward", _lora_backward_cpu, backward_reference, _lora_backward_fake)
-lora_forward = Operator(_FORWARD, _BACKWARD, 1, _lora_forward_cpu, _lora_backward_cpu)
+lora_forward = Operator(_FORWARD, _BACKWARD, 1, {False: (_lora_forward_cpu, _lora_backward_cpu)})
 register_autograd("lora_forward", lora_forward)
 
 

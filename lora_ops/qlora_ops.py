@@ -99,10 +99,10 @@ def check(
     if weight.codes.dim() != 2 or weight.codes.shape[0] < 1:
         raise ValueError(f"codes must be (N, row_bytes(K)) with N >= 1, got shape {tuple(weight.codes.shape)}")
     layout.check_tensors(*weight[:5], (weight.codes.shape[0], x.shape[-1]), weight.blocksize)
-    _check_beside(x, weight.codes, lora_A, lora_B, bias, scaling, dropout_p)
+    check_beside(x, weight.codes, lora_A, lora_B, bias, scaling, dropout_p)
 
 
-def _check_beside(x: Tensor, codes: Tensor, *beside) -> None:  # type: ignore[no-untyped-def]
+def check_beside(x: Tensor, codes: Tensor, *beside) -> None:  # type: ignore[no-untyped-def]
     checks.check_beside(x, (codes.shape[0], x.shape[-1]), None, *beside)
     if codes.device != x.device:
         raise ValueError(f"codes must be on x's device {x.device}, got {codes.device}")
@@ -126,7 +126,7 @@ def _forward_of_checked(x: Tensor, *args):  # type: ignore[no-untyped-def]
         done = ops.forward_of_tensors(x, weight, lora_A, lora_B, bias, None, seed, scaling, dropout_p)
         if done is not None:
             return done
-    _check_beside(x, weight.codes, *(beside[i] for i in (0, 1, 2, 4, 5)))
+    check_beside(x, weight.codes, *(beside[i] for i in (0, 1, 2, 4, 5)))
     return _forward_checked(x, weight, *beside)
 
 
@@ -189,8 +189,8 @@ def _backward_fake(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-unty
 
 _FORWARD = register("qlora_forward", _forward_cpu, forward_reference, _forward_fake)
 _BACKWARD = register("qlora_backward", _backward_cpu, backward_reference, _backward_fake)
-_OPERATOR = Operator(_FORWARD, _BACKWARD, 7, _forward_of_checked, _backward_cpu)
-register_autograd("qlora_forward", _OPERATOR)
+OPERATOR = Operator(_FORWARD, _BACKWARD, 7, {False: (_forward_of_checked, _backward_cpu)})
+register_autograd("qlora_forward", OPERATOR)
 
 
 def _wide_cpu(x: Tensor, *args):  # type: ignore[no-untyped-def]
@@ -231,4 +231,4 @@ def qlora_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """torch.ops.lora_ops.qlora_forward of an NF4Weight."""
-    return _OPERATOR(x, *weight_of(qweight), lora_A, lora_B, bias, seed, scaling, dropout_p)
+    return OPERATOR(x, *weight_of(qweight), lora_A, lora_B, bias, seed, scaling, dropout_p)

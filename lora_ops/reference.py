@@ -13,6 +13,7 @@ drop(x) = x ∘ keep / (1 - p), and drop' is the same mask and factor. Nothing h
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _PHILOX_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -88,9 +89,7 @@ def lora_forward(
     """y (M, N) in x's dtype and S (M, r) in fp32 (fp64 for fp64 inputs)."""
     wx, W, A, B, b = _wide(x, weight, lora_A, lora_B, bias)
     S = _dropped(wx, seed, dropout_p) @ A.T
-    y = wx @ W.T + scaling * (S @ B.T)
-    if b is not None:
-        y = y + b
+    y = F.linear(wx, W, b) + scaling * (S @ B.T)
     return y.to(x.dtype), S
 
 

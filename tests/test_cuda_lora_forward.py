@@ -147,7 +147,7 @@ def test_which_tile(device: Device, M: int, tile: str) -> None:
     S, base = down(case), torch.zeros(M, 1280, dtype=BF16)
     with device.run() as run:
         launch(run, case, S, base=base)
-    assert {tile in entry for entry in {c.entry for c in run.counters}} == {True}
+    assert run.counters and all(tile in c.entry for c in run.counters)
 
 
 def test_what_is_refused(device: Device) -> None:

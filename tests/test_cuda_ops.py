@@ -8,7 +8,7 @@ import torch
 from compare import BF16, F16, F32, Case, Dtypes, assert_within_bound, eager_lora, error, make_case, oracle
 from compare import run as run_case
 from four_bit import SETTINGS, exact_results, make_quantised_case
-from ptx.build import REPOSITORY
+from ptx.build import GPU, REPOSITORY
 from ptx.device import Device, Run
 from torch import Tensor
 
@@ -84,8 +84,9 @@ def test_4bit_forward_and_backward(package, dtypes, shape, split):
         dy = run.register(case.dy.clone(), readonly=True)
         settings = (case.scaling, case.dropout_p, True, True, True, True, split)
         gradients = ops.backward(target, dy, x, weight, A, B, S, seed, *settings)
-    kernels = {name for c in run.counters for name in ("gemm_4bit", "dequantize") if name in c.entry}
-    assert kernels == ({"dequantize"} if split or shape[1] % 128 else {"gemm_4bit"})
+    if not GPU:
+        kernels = {name for c in run.counters for name in ("gemm_4bit", "dequantize") if name in c.entry}
+        assert kernels == ({"dequantize"} if split or shape[1] % 128 else {"gemm_4bit"})
     actual = {"y": y, **dict(zip(("dx", "dA", "dB", "dbias"), gradients, strict=True))}
     actual["dbias"] = actual["dbias"].to(case.x.dtype)  # fp32 until it is a gradient of bias
     for backward in (False, True):
@@ -194,10 +195,8 @@ def test_general_forms(package):
         segments = (4, first_row.data_ptr(), adapters.data_ptr(), True)
 
         down = (M, K, r, matrix(x), matrix(A), mask)
-        assert module.lora_down_workspace(*down, S[0].data_ptr(), 1) == 0
-        assert module.lora_down_segments_workspace((*down, S[1].data_ptr(), 1), segments) == 0
-        module.lora_down(*down, S[0].data_ptr(), 1, 0, 0)
-        module.lora_down_segments((*down, S[1].data_ptr(), 1), segments, 0, 0)
+        module.lora_down(*down, S[0].data_ptr(), 1, None, 0)  # one multiprocessor: no workspace
+        module.lora_down_segments((*down, S[1].data_ptr(), 1), segments, None, 0)
 
         def forward(y, gate=None, m=None):
             return (M, K, N, r, *map(matrix, (x, weight, B, bias, y, S[0])), scaling, gate, m)

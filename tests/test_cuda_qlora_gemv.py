@@ -6,6 +6,7 @@ import torch
 from compare import BF16, F16, F32, Dtypes, assert_within_bound, error
 from compare import run as run_case
 from four_bit import SETTINGS, eager_lora, exact_results, make_quantised_case
+from ptx.build import GPU
 from ptx.device import Device
 from test_cuda_qlora_forward import DTYPES, assert_right, launch
 
@@ -24,7 +25,7 @@ def test_values(device: Device, dtypes: Dtypes, arch: int) -> None:
         S = dense.down(case)
         with device.run(arch=arch) as run:
             y = launch(run, case, S)
-        assert {"gemv" in launched for launched in {c.entry for c in run.counters}} == {True}
+        assert run.counters and all("gemv" in c.entry for c in run.counters)
         assert_right(y, case)
 
 
@@ -53,6 +54,7 @@ def test_rows_and_their_neighbours(device: Device, N: int) -> None:
             assert torch.equal(launch(run, some, S[:M].clone()), y[:M])
 
 
+@pytest.mark.skipif(GPU, reason="a GPU counts nothing")
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_what_is_read(device: Device, double_quant: bool) -> None:
     """Codes once; and weights are looked up without bank conflicts."""

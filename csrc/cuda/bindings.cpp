@@ -130,20 +130,27 @@ void def_segments(py::module_& m, const char* name, Op (*build)(const py::tuple&
   });
 }
 
-// lora_down's own arguments as a tuple; the workspace's size is lora_down_segments_workspace's.
+// lora_down's own arguments as a tuple.
 LoraDown lora_down_of(const py::tuple& t) {
   return lora_down(t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3], t[4], t[5], t[6].cast<uintptr_t>(),
                    t[7].cast<int>());
 }
 
-// Two functions of an op whose struct `build` makes: how many bytes of workspace it takes, and its launch, which takes the
-// workspace and the stream after the op's own arguments.
+// The workspace of an op: what allocate(bytes) returns, a tensor, is kept by the caller until the launch.
+template <class Op>
+py::object with_workspace(Op& op, int64_t bytes, const py::object& allocate) {
+  if (bytes == 0) return py::none();
+  const py::object workspace = allocate(bytes);
+  op.workspace = pointer<float>(workspace.attr("data_ptr")().template cast<uintptr_t>());
+  return workspace;
+}
+
+// The launch of an op whose struct `build` makes. allocate and the stream come after the op's own arguments.
 template <class Op, class... Args>
 void def_with_workspace(py::module_& m, const char* name, Op (*build)(Args...), void (*launcher)(const Op&, void*)) {
-  m.def((std::string(name) + "_workspace").c_str(), [=](Args... args) { return workspace_bytes(build(args...)); });
-  m.def(name, [=](Args... args, uintptr_t workspace, uintptr_t stream) {
+  m.def(name, [=](Args... args, const py::object& allocate, uintptr_t stream) {
     Op op = build(args...);
-    op.workspace = pointer<float>(workspace);
+    const py::object workspace = with_workspace(op, workspace_bytes(op), allocate);
     py::gil_scoped_release release;
     launcher(op, pointer<void>(stream));
   });
@@ -164,12 +171,10 @@ PYBIND11_MODULE(_C_cuda, m) {
   def_with_workspace(m, "lora_backward_up", lora_backward_up, launch_lora_backward_up);
   def_with_workspace(m, "lora_backward_down", lora_backward_down, launch_lora_backward_down);
 
-  m.def("lora_down_segments_workspace",
-        [](const py::tuple& op, const py::tuple& of) { return workspace_bytes(lora_down_of(op), segments(of)); });
-  m.def("lora_down_segments", [](const py::tuple& op, const py::tuple& of, uintptr_t workspace, uintptr_t stream) {
+  m.def("lora_down_segments", [](const py::tuple& op, const py::tuple& of, const py::object& allocate, uintptr_t stream) {
     LoraDown built = lora_down_of(op);
-    built.workspace = pointer<float>(workspace);
     const Segments given = segments(of);
+    const py::object workspace = with_workspace(built, workspace_bytes(built, given), allocate);
     py::gil_scoped_release release;
     launch_lora_down_segments(built, given, pointer<void>(stream));
   });

@@ -181,31 +181,50 @@ __device__ __forceinline__ float at_column(const void* vector, bool f32, int col
   return f32 ? static_cast<const float*>(vector)[column] : to_float(static_cast<const T*>(vector)[column]);
 }
 
-// out = out_scale ∘ acc + bias, or out = out_scale ∘ (out + acc) + bias, through shared memory, so that global memory sees 16
-// neighbouring bytes per thread.
+// This thread's chunks of a tile of out: where they are in global memory, and in shared memory.
+template <class TileT>
+struct OutChunks {
+  static constexpr int kRowBytes = TileT::kColumns * 2, kChunks = TileT::kColumns / kVectorElements;
+  static constexpr int kPassRows = kGemmThreads / kChunks;
+  uint16_t* out;
+  uint32_t at;
+  int row, left;  // of columns, from the chunk's first on
+
+  template <class P>
+  __device__ OutChunks(const P& p, uint32_t shared, int row0, int column0) {
+    const int chunk = threadIdx.x % kChunks;
+    row = row0 + threadIdx.x / kChunks;
+    out = p.out + row * p.out_stride + column0 + chunk * kVectorElements;
+    at = shared + swizzle<kRowBytes>(threadIdx.x / kChunks, chunk);
+    left = p.columns - column0 - chunk * kVectorElements;
+  }
+};
+
+// Begins to bring what out holds into shared memory.
+template <class TileT, class P>
+__device__ __forceinline__ void start_out(const P& p, uint32_t shared, int row0, int column0) {
+  using Chunks = OutChunks<TileT>;
+  const Chunks chunks(p, shared, row0, column0);
+  const int count = in_chunk(chunks.left);
+#pragma unroll 4
+  for (int i = 0; i < TileT::kRows; i += Chunks::kPassRows) {
+    const int existing = chunks.row + i < p.M ? count : 0;
+    if (p.out_vector) {
+      copy_chunk<true>(chunks.at + i * Chunks::kRowBytes, chunks.out + i * p.out_stride, existing);
+    } else {
+      copy_chunk<false>(chunks.at + i * Chunks::kRowBytes, chunks.out + i * p.out_stride, existing);
+    }
+  }
+  cp_async_commit();
+}
+
+// out = out_scale ∘ acc + bias, or, with what start_out has brought, out = out_scale ∘ (out + acc) + bias, through shared
+// memory, so that global memory sees 16 neighbouring bytes per thread.
 template <class T, class TileT, class P>
 __device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const P& p, bool accumulate, uint32_t shared,
                                           int row0, int column0) {
-  constexpr int kRowBytes = TileT::kColumns * 2, kChunks = TileT::kColumns / kVectorElements,
-                kPassRows = kGemmThreads / kChunks;
-  const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-  const int count = in_chunk(p.columns - column0 - chunk * kVectorElements);
-  const bool vector = p.out_vector && count == kVectorElements;
-  uint16_t* out = p.out + (row0 + row) * p.out_stride + column0 + chunk * kVectorElements;
-  const uint32_t at = shared + swizzle<kRowBytes>(row, chunk);
-  if (accumulate) {
-#pragma unroll 2
-    for (int i = 0; i < TileT::kRows; i += kPassRows) {
-      const int existing = row0 + row + i < p.M ? count : 0;
-      if (vector && existing > 0) {
-        store_shared(at + i * kRowBytes, *reinterpret_cast<const uint4*>(out + i * p.out_stride));
-      } else {
-        copy_chunk<false>(at + i * kRowBytes, out + i * p.out_stride, existing);
-      }
-    }
-    __syncthreads();
-  }
-
+  using Chunks = OutChunks<TileT>;
+  constexpr int kRowBytes = Chunks::kRowBytes;
   const Place<TileT> place;
 #pragma unroll
   for (int j = 0; j < TileT::kMmasN; ++j) {
@@ -231,17 +250,20 @@ __device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const 
   }
   __syncthreads();
 
+  const Chunks chunks(p, shared, row0, column0);
+  const bool vector = p.out_vector && chunks.left >= kVectorElements;
 #pragma unroll 2
-  for (int i = 0; i < TileT::kRows; i += kPassRows) {
-    if (row0 + row + i >= p.M) return;
-    const uint4 v = load_shared16(at + i * kRowBytes);
+  for (int i = 0; i < TileT::kRows; i += Chunks::kPassRows) {
+    if (chunks.row + i >= p.M) return;
+    const uint4 v = load_shared16(chunks.at + i * kRowBytes);
+    uint16_t* const out = chunks.out + i * p.out_stride;
     if (vector) {
-      __stcg(reinterpret_cast<uint4*>(out + i * p.out_stride), v);  // a plain store is taken apart by the compiler
+      __stcg(reinterpret_cast<uint4*>(out), v);  // a plain store is taken apart by the compiler
     } else {
       const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int e = 0; e < kVectorElements; ++e) {
-        if (e < count) out[i * p.out_stride + e] = static_cast<uint16_t>(pairs[e / 2] >> e % 2 * 16);
+        if (e < chunks.left) out[e] = static_cast<uint16_t>(pairs[e / 2] >> e % 2 * 16);
       }
     }
   }
@@ -280,6 +302,7 @@ __device__ __forceinline__ void gemm(const P& p, bool accumulate, int row0, int 
     cp_async_commit();
   };
   const auto start_first_copies = [&] {
+    if (accumulate) start_out<TileT>(p, shared, row0, column0);
     if (steps == 0) return;
 #pragma unroll
     for (int i = 0; i + 1 < TileT::kStages; ++i) start_copies(shared + i * TileT::kStageBytes);
@@ -320,6 +343,8 @@ __device__ __forceinline__ void gemm(const P& p, bool accumulate, int row0, int 
         multiply<T, TileT>(acc, a[k % 2], b[k % 2]);
       }
     }
+  }
+  if (steps > 0 || accumulate) {
     cp_async_wait<0>();
     __syncthreads();
   }

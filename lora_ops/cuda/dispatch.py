@@ -1,5 +1,6 @@
 """lora_forward, lora_backward and their 4-bit siblings for CUDA tensors: by the kernels, or by reference.py."""
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -13,6 +14,7 @@ from torch import Tensor
 from .. import qlora_ops
 from ..autograd import library
 from ..ops import backward_reference, check, forward_reference
+from ..ops import lora_forward as lora_operator
 from ..qlora_ops import Weight
 from ..quant.layout import DTYPES
 from . import ops
@@ -32,12 +34,12 @@ def extension() -> Any:
 
 
 @functools.cache
-def _properties(device: torch.device) -> Any:
-    return torch.cuda.get_device_properties(device)
+def _runs_kernels(index: int) -> bool:
+    return extension() is not None and torch.cuda.get_device_properties(index).major >= 8
 
 
 def has_kernel(x: Tensor, weight: Tensor) -> bool:
-    return ops.has_kernel(x, weight) and extension() is not None and _properties(x.device).major >= 8
+    return ops.has_kernel(x, weight) and _runs_kernels(x.get_device())
 
 
 def _check_seed(seed: Tensor | None, device: torch.device) -> None:
@@ -46,30 +48,44 @@ def _check_seed(seed: Tensor | None, device: torch.device) -> None:
         raise ValueError(f"seed must be int64 on x's device {device}, got {seed.dtype} on {seed.device}")
 
 
-def target(device: torch.device) -> ops.Target:
-    return ops.Target(extension(), _properties(device).multi_processor_count, torch.cuda.current_stream(device).cuda_stream)
+@functools.cache
+def _sm_count(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def known_paths(device: torch.device) -> Choices:
-    return choices(device, extension().driver_version())
+def target(index: int) -> ops.Target:
+    """The current stream of a GPU."""
+    return ops.Target(extension(), _sm_count(index), torch._C._cuda_getCurrentRawStream(index))
+
+
+@functools.cache
+def known_paths(index: int) -> Choices:
+    return choices(torch.device("cuda", index), extension().driver_version())
+
+
+def _current(index: int) -> contextlib.AbstractContextManager[None]:
+    """The GPU that kernels are launched on."""
+    return contextlib.nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index)
 
 
 def _forward(op: str, x: Tensor, weight: Tensor | Weight, *beside):  # type: ignore[no-untyped-def]
     lora_A, lora_B, _, seed, *_ = beside
     _check_seed(seed, x.device)
-    with torch.cuda.device(x.device):
-        run: Callable[..., Any] = functools.partial(ops.forward, target(x.device), x, weight, *beside)
+    index = x.get_device()
+    with _current(index):
+        run: Callable[..., Any] = functools.partial(ops.forward, target(index), x, weight, *beside)
         shape = (lora_B.shape[0], x.shape[-1])
-        return run(split=choose(known_paths(x.device), op, x, shape, lora_A, run))
+        return run(split=choose(known_paths(index), op, x, shape, lora_A, run))
 
 
 def _backward(op: str, dy: Tensor, x: Tensor | None, weight: Tensor | Weight, *beside):  # type: ignore[no-untyped-def]
     lora_A, lora_B, _, seed, _, _, need_dx, *_ = beside
     _check_seed(seed, dy.device)
-    with torch.cuda.device(dy.device):
-        run: Callable[..., Any] = functools.partial(ops.backward, target(dy.device), dy, x, weight, *beside)
+    index = dy.get_device()
+    with _current(index):
+        run: Callable[..., Any] = functools.partial(ops.backward, target(index), dy, x, weight, *beside)
         shape = (lora_B.shape[0], lora_A.shape[1])
-        return run(split=need_dx and choose(known_paths(dy.device), op, dy, shape, lora_A, run))
+        return run(split=need_dx and choose(known_paths(index), op, dy, shape, lora_A, run))
 
 
 def lora_forward(x: Tensor, weight: Tensor, lora_A, lora_B, bias, panels, seed, scaling, dropout_p):  # type: ignore[no-untyped-def]
@@ -85,13 +101,18 @@ def lora_backward(dy: Tensor, x: Tensor | None, weight: Tensor, *beside):  # typ
     return _backward("lora_backward", dy, x, weight, *beside)
 
 
-def qlora_forward(x: Tensor, *args):  # type: ignore[no-untyped-def]
+def qlora_forward(x: Tensor, *args, check=qlora_ops.check):  # type: ignore[no-untyped-def]
     weight, beside = Weight(*args[:7]), args[7:]
     if not has_kernel(x, weight.codes):
         return qlora_ops.forward_reference(x, *args)
     lora_A, lora_B, bias, _, scaling, dropout_p = beside
-    qlora_ops.check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     return _forward("qlora_forward", x, weight, *beside)
+
+
+def _qlora_forward_of_checked(x: Tensor, *args):  # type: ignore[no-untyped-def]
+    """Without checking what an NF4Weight has checked."""
+    return qlora_forward(x, *args, check=lambda x, weight, *beside: qlora_ops.check_beside(x, weight.codes, *beside))
 
 
 def qlora_backward(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-untyped-def]
@@ -103,21 +124,25 @@ def qlora_backward(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-unty
 
 def has_4bit_kernel(t: Tensor, dtype: torch.dtype) -> bool:
     """Whether t's device quantises from, and dequantises to, dtype."""
-    return dtype in DTYPES and t.numel() > 0 and extension() is not None and _properties(t.device).major >= 8
+    return dtype in DTYPES and t.numel() > 0 and _runs_kernels(t.get_device())
 
 
 def quantize(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
-    with torch.cuda.device(weight.device):
-        return ops.quantize(target(weight.device), weight, blocksize, quant_type)
+    index = weight.get_device()
+    with _current(index):
+        return ops.quantize(target(index), weight, blocksize, quant_type)
 
 
 def dequantize(codes: Tensor, absmax: Tensor, K: int, blocksize: int, quant_type: str, dtype: torch.dtype) -> Tensor:
     """From absmax in fp32."""
     weight = Weight(codes, absmax, None, None, None, blocksize, quant_type)
-    with torch.cuda.device(codes.device):
-        return ops.dequantize(target(codes.device), weight, K, dtype)
+    index = codes.get_device()
+    with _current(index):
+        return ops.dequantize(target(index), weight, K, dtype)
 
 
+lora_operator.direct[True] = lora_forward, lora_backward
+qlora_ops.OPERATOR.direct[True] = _qlora_forward_of_checked, qlora_backward
 library.impl("lora_forward", lora_forward, "CUDA")
 library.impl("lora_backward", lora_backward, "CUDA")
 library.impl("qlora_forward", qlora_forward, "CUDA")

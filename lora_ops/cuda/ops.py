@@ -13,6 +13,8 @@ do not take the shape, dequantize_4bit writes it out for the length of the call.
 the dropout seed stays on the device; nothing waits for the GPU.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,10 +42,9 @@ def has_kernel(x: Tensor, weight: Tensor) -> bool:
     return x.dtype in HALF and x.numel() > 0 and weight.numel() > 0 and max(*x.shape, *weight.shape) < _LARGEST
 
 
-def _with_workspace(target: Target, name: str, device: torch.device, *args: Any) -> None:
-    size = getattr(target.extension, f"{name}_workspace")(*args)
-    workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    getattr(target.extension, name)(*args, workspace.data_ptr(), target.stream)
+def _workspace(device: torch.device) -> Callable[[int], Tensor]:
+    """What a launcher asks for as many bytes as it needs."""
+    return functools.partial(torch.empty, dtype=torch.uint8, device=device)
 
 
 def _dropout(seed: Tensor | None, p: float) -> tuple[int, int, float]:
@@ -107,9 +108,9 @@ def forward(
     rows, A, B = rows_of(x), lora_A.contiguous(), lora_B.contiguous()
     (M, K), (N, r) = rows.shape, B.shape
     S = rows.new_empty((M, r), dtype=torch.float32)
-    _with_workspace(
-        target, "lora_down", x.device,
-        M, K, r, matrix(rows), matrix(A), _dropout(seed, dropout_p), S.data_ptr(), target.sm_count,
+    target.extension.lora_down(
+        M, K, r, matrix(rows), matrix(A), _dropout(seed, dropout_p), S.data_ptr(), target.sm_count, _workspace(x.device),
+        target.stream,
     )  # fmt: skip
     weight = _operand(target, weight, rows, K, split)
     y = rows @ weight.T if split else rows.new_empty((M, N))  # type: ignore[union-attr]
@@ -147,10 +148,10 @@ def backward(
     dA, dB = A.new_empty(A.shape if need_dA else 0), B.new_empty(B.shape if need_dB else 0)
     dbias = g.new_empty(N if need_dbias else 0, dtype=torch.float32)
     if need_dS or need_dB or need_dbias:
-        _with_workspace(
-            target, "lora_backward_up", dy.device,
+        target.extension.lora_backward_up(
             M, N, r, matrix(g), matrix(B), _address(S if need_dB else None), scaling, _address(dS if need_dS else None),
-            _address(dB if need_dB else None), matrix(dbias if need_dbias else None), target.sm_count,
+            _address(dB if need_dB else None), matrix(dbias if need_dbias else None), target.sm_count, _workspace(dy.device),
+            target.stream,
         )  # fmt: skip
     dx = g.new_empty(0)
     if need_dx:
@@ -165,8 +166,7 @@ def backward(
     if need_dA:
         assert x is not None
         rows = rows_of(x)
-        _with_workspace(
-            target, "lora_backward_down", dy.device,
-            M, K, r, dS.data_ptr(), matrix(rows), mask, matrix(dA), target.sm_count,
-        )  # fmt: skip
+        target.extension.lora_backward_down(
+            M, K, r, dS.data_ptr(), matrix(rows), mask, matrix(dA), target.sm_count, _workspace(dy.device), target.stream
+        )
     return dx, dA, dB, dbias

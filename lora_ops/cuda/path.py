@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,7 @@ class Choices:
         self._clock, self._machine, self._file = clock, machine, file
         self._lock = threading.Lock()
         self._known: dict[str, str] = self._read()
+        self.decided: dict[Any, str] = {}  # of this process, by what is at hand before there is a key
 
     def _contents(self) -> dict[str, dict[str, str]]:
         """Of the file, by machine. Raises ValueError where any of it is not what this version writes."""
@@ -156,8 +158,14 @@ def choose(known: Choices, op: str, x: Tensor, shape: tuple[int, int], lora_A: T
     Nothing is timed while a CUDA graph is captured.
     """
     M = x.numel() // x.shape[-1]
-    N, K = shape
-    dtypes = " ".join(str(t.dtype).removeprefix("torch.") for t in (x, lora_A))
-    key = f"{op} M={bucket(M)} N={N} K={K} r={lora_A.shape[0]} {dtypes}"
-    may_time = not torch.cuda.is_current_stream_capturing()
-    return known.choose(key, M, lambda path: run(split=path == "split"), may_time) == "split"
+    what = op, bucket(M), *shape, lora_A.shape[0], x.dtype, lora_A.dtype
+    path = forced() or known.decided.get(what)
+    if path is None:
+        N, K = shape
+        dtypes = " ".join(str(t.dtype).removeprefix("torch.") for t in (x, lora_A))
+        key = f"{op} M={bucket(M)} N={N} K={K} r={lora_A.shape[0]} {dtypes}"
+        may_time = not torch.cuda.is_current_stream_capturing()
+        path = known.choose(key, M, lambda path: run(split=path == "split"), may_time)
+        if may_time:
+            known.decided[what] = path
+    return path == "split"

@@ -16,12 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
+import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CACHE = REPOSITORY / "build" / "ptx"
 HERE = Path(__file__).resolve().parent
 
 NVCC = shutil.which("nvcc")
+
+# Kernels run on the GPU that there is, and not on the executor: what their PTX cannot show, the compiler's last step.
+GPU = os.environ.get("LORA_OPS_TEST_GPU") == "1"
 
 # -fwrapv: PTX integers wrap. No contraction: a mul and an add are rounded twice.
 _HOST_FLAGS = [
@@ -85,25 +89,27 @@ def _compile(source: Path, command: list[str]) -> Path:
 
 
 def build(sources: Sequence[Path], arch: int, flags: Sequence[str] = ()) -> tuple[Path, dict[str, str]]:
-    """A shared library of the sources' host code on top of the executor, and the PTX of each .cu by its file name."""
-    executor = sorted(p for p in HERE.glob("*.cpp") if p.name != "fake_cudart.cpp")
-    commands = {p: ["g++", *_HOST_FLAGS] for p in executor}
+    """A shared library of the sources' host code on top of the executor or a GPU, and the PTX of each .cu by its file name."""
+    executor = sorted(p for p in HERE.glob("*.cpp") if p.name not in ("fake_cudart.cpp", "gpu.cpp"))
+    commands = {} if GPU else {p: ["g++", *_HOST_FLAGS] for p in executor}
     if sources:
         if NVCC is None:
             raise RuntimeError("nvcc not found")
         host = [NVCC, "-std=c++17", "-O2", "-Xcompiler", "-fPIC"]
-        commands[HERE / "fake_cudart.cpp"] = host
+        commands[HERE / ("gpu.cpp" if GPU else "fake_cudart.cpp")] = host
+        target = "sm_{}{}".format(*torch.cuda.get_device_capability()) if GPU else f"compute_{arch}"
         for source in sources:
-            cuda = [NVCC, *_CUDA_FLAGS, f"-arch=compute_{arch}", "--keep"]
+            cuda = [NVCC, *_CUDA_FLAGS, f"-arch={target}", "--keep"]
             commands[source] = [*cuda, *flags] if source.suffix == ".cu" else [*host, *_PYTHON_INCLUDES]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(os.cpu_count() if GPU else 2) as pool:
         made = list(pool.map(_compile, commands, commands.values()))
     objects = [folder / "object.o" for folder in made]
     library = CACHE / f"device-{_digest(*(o.read_bytes() for o in objects))}.so"
     if not library.exists():
         # -Bsymbolic: a CUDA runtime that the process has loaded stays out of it.
         linked = library.with_suffix(f".{os.getpid()}")
-        _run(["g++", "-shared", "-Wl,-Bsymbolic", *objects, "-o", linked], CACHE)
+        linker = [NVCC, "-cudart", "static", "-Xlinker", "-Bsymbolic"] if GPU else ["g++", "-Wl,-Bsymbolic"]
+        _run([*linker, "-shared", *objects, "-o", linked], CACHE)
         os.replace(linked, library)
     ptx = {s.name: (m / f"{s.stem}.ptx").read_text() for s, m in zip(commands, made, strict=True) if s.suffix == ".cu"}
     return library, ptx
