@@ -5,6 +5,7 @@ Everything here is skipped where there is no GPU, or no lora_ops._C_cuda.
 
 import copy
 import itertools
+import statistics
 from collections.abc import Callable
 from dataclasses import fields, replace
 
@@ -15,6 +16,7 @@ from compare import (
     BF16,
     F16,
     F32,
+    ON_GPU,
     SHAPES,
     Case,
     Dtypes,
@@ -81,9 +83,9 @@ def cache(monkeypatch, tmp_path):
 
 
 def gpu_error(actual: Tensor, eager: Tensor, exact: Tensor) -> Error:
-    """One ulp more for fp32: tensor cores cut their sums off where eager's arithmetic rounds."""
+    """As compare.py has it for a GPU, whether or not the suite was told of one."""
     e = error(actual, eager, exact)
-    return e._replace(ulp=2 * e.ulp) if actual.dtype == F32 else e
+    return e._replace(ulp=3 * e.ulp) if actual.dtype == F32 and not ON_GPU else e
 
 
 def case_errors(case: Case) -> dict:
@@ -109,7 +111,10 @@ def check_grid(make: Callable[..., Case], shapes: list[Shape], dtypes: Dtypes, d
             assert_within_bound(measured[-1])
         except AssertionError as e:
             raise AssertionError(f"M, K, N, r = {shape}: {e}") from None
-    assert_median(measured, measured[0])
+    names = {"dA", "dB"} if dtypes.adapter == F32 else set()
+    assert_median(measured, measured[0].keys() - names)
+    for name in names:  # fp32, of which 1.2 was measured on an H100
+        assert statistics.median(e[name].ratio for e in measured) <= 1.5
 
 
 @every_path

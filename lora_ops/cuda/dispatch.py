@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import qlora_ops
 from ..autograd import library
-from ..ops import backward_reference, check, forward_reference
+from ..ops import backward_reference, check, fake_gradients, forward_reference
 from ..ops import lora_forward as lora_operator
 from ..qlora_ops import Weight
 from ..quant.layout import DTYPES
@@ -143,7 +143,21 @@ def dequantize(codes: Tensor, absmax: Tensor, K: int, blocksize: int, quant_type
 
 lora_operator.direct[True] = lora_forward, lora_backward
 qlora_ops.OPERATOR.direct[True] = _qlora_forward_of_checked, qlora_backward
+
+
+def _with_empty(backward: Callable[..., Any], weight_args: int) -> Callable[..., Any]:
+    """As an operator returns it: what is not needed is an empty tensor."""
+
+    def complete(dy: Tensor, *args):  # type: ignore[no-untyped-def]
+        lora_A, lora_B = args[1 + weight_args : 3 + weight_args]
+        gradients = backward(dy, *args)
+        empty = fake_gradients(dy, lora_A, lora_B, False, False, False, False)
+        return tuple(e if g is None else g for g, e in zip(gradients, empty, strict=True))
+
+    return complete
+
+
 library.impl("lora_forward", lora_forward, "CUDA")
-library.impl("lora_backward", lora_backward, "CUDA")
+library.impl("lora_backward", _with_empty(lora_backward, 1), "CUDA")
 library.impl("qlora_forward", qlora_forward, "CUDA")
-library.impl("qlora_backward", qlora_backward, "CUDA")
+library.impl("qlora_backward", _with_empty(qlora_backward, 7), "CUDA")

@@ -138,28 +138,26 @@ def backward(
     need_dB: bool,
     need_dbias: bool,
     split: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dA, dB, dbias; what is not needed comes back empty."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dA, dB, dbias; None for what is not needed."""
     g, A, B = rows_of(dy), lora_A.contiguous(), lora_B.contiguous()
     (M, N), (r, K) = g.shape, A.shape
     mask = _dropout(seed, dropout_p)
-    need_dS = need_dx or need_dA
-    dS = g.new_empty((M, r) if need_dS else 0, dtype=torch.float32)
-    dA, dB = A.new_empty(A.shape if need_dA else 0), B.new_empty(B.shape if need_dB else 0)
-    dbias = g.new_empty(N if need_dbias else 0, dtype=torch.float32)
-    if need_dS or need_dB or need_dbias:
+    dS = g.new_empty((M, r), dtype=torch.float32) if need_dx or need_dA else None
+    dA, dB = A.new_empty(A.shape) if need_dA else None, B.new_empty(B.shape) if need_dB else None
+    dbias = g.new_empty(N, dtype=torch.float32) if need_dbias else None
+    if dS is not None or need_dB or need_dbias:
         target.extension.lora_backward_up(
-            M, N, r, matrix(g), matrix(B), _address(S if need_dB else None), scaling, _address(dS if need_dS else None),
-            _address(dB if need_dB else None), matrix(dbias if need_dbias else None), target.sm_count, _workspace(dy.device),
-            target.stream,
+            M, N, r, matrix(g), matrix(B), _address(S if need_dB else None), scaling, _address(dS), _address(dB),
+            matrix(dbias), target.sm_count, _workspace(dy.device), target.stream,
         )  # fmt: skip
-    dx = g.new_empty(0)
+    dx = None
     if need_dx:
         weight = _operand(target, weight, g, K, split)
         dx = g @ weight if split else g.new_empty((M, K))  # type: ignore[operator]
         launch = target.extension.qlora_backward_dx if isinstance(weight, Weight) else target.extension.lora_backward_dx
         launch(
-            M, K, N, r, matrix(g), None if split else _for_kernel(weight), matrix(A), matrix(dx), dS.data_ptr(), mask,
+            M, K, N, r, matrix(g), None if split else _for_kernel(weight), matrix(A), matrix(dx), _address(dS), mask,
             target.stream,
         )  # fmt: skip
         dx = dx.view(*dy.shape[:-1], K)
@@ -167,6 +165,6 @@ def backward(
         assert x is not None
         rows = rows_of(x)
         target.extension.lora_backward_down(
-            M, K, r, dS.data_ptr(), matrix(rows), mask, matrix(dA), target.sm_count, _workspace(dy.device), target.stream
+            M, K, r, _address(dS), matrix(rows), mask, matrix(dA), target.sm_count, _workspace(dy.device), target.stream
         )
     return dx, dA, dB, dbias

@@ -25,23 +25,27 @@ void fake_cudart_reset() {
   error.clear();
   cudaGetLastError();
 }
-int ptx_load_module(const char*, const char*) { return 0; }
+int ptx_load_module(const char*, const char*) {
+  return 0;
+}
 void ptx_set_architecture(int) {}
 void ptx_set_reverse_order(int) {}
 void ptx_reset() {}
 void ptx_initialise(void*, uint64_t) {}
 
-// Pages that an earlier buffer lies in, too, are mapped already. They are never unmapped: device.py says what that asks of malloc.
+// Pages that another buffer lies in, too, are mapped already, by this library or another of the process. They are never
+// unmapped: device.py says what that asks of malloc.
 void ptx_register_buffer(void* data, uint64_t size, int, int) {
   static std::unordered_set<uintptr_t> mapped;
-  const uintptr_t page = sysconf(_SC_PAGESIZE), end = reinterpret_cast<uintptr_t>(data) + size;
-  for (uintptr_t first = reinterpret_cast<uintptr_t>(data) / page * page; first < end;) {
-    uintptr_t last = first;
-    while (last < end && mapped.insert(last).second) last += page;
-    if (last > first) {
-      failed("cudaHostRegister", cudaHostRegister(reinterpret_cast<void*>(first), last - first, cudaHostRegisterMapped));
+  const uintptr_t bytes = sysconf(_SC_PAGESIZE), end = reinterpret_cast<uintptr_t>(data) + size;
+  for (uintptr_t page = reinterpret_cast<uintptr_t>(data) / bytes * bytes; page < end; page += bytes) {
+    if (!mapped.insert(page).second) continue;
+    const cudaError_t e = cudaHostRegister(reinterpret_cast<void*>(page), bytes, cudaHostRegisterMapped);
+    if (e == cudaErrorHostMemoryAlreadyRegistered) {
+      cudaGetLastError();
+    } else {
+      failed("cudaHostRegister", e);
     }
-    first = last + page;  // last is mapped, or behind the end
   }
 }
 
@@ -50,9 +54,19 @@ const char* ptx_reports() {
   failed("cudaDeviceSynchronize", cudaDeviceSynchronize());
   return error.c_str();
 }
-const char* ptx_error() { return "a GPU launches nothing by name"; }
-int ptx_launch(const char*, const uint32_t*, const uint32_t*, uint32_t, void**) { return 1; }
-const char* ptx_counters() { return ""; }
-const char* ptx_launches() { return ""; }
-const char* ptx_traffic() { return ""; }
+const char* ptx_error() {
+  return "a GPU launches nothing by name";
+}
+int ptx_launch(const char*, const uint32_t*, const uint32_t*, uint32_t, void**) {
+  return 1;
+}
+const char* ptx_counters() {
+  return "";
+}
+const char* ptx_launches() {
+  return "";
+}
+const char* ptx_traffic() {
+  return "";
+}
 }
