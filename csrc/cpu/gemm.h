@@ -80,7 +80,12 @@ struct Steps {
 template <class F>
 void each_f32_tile(const Kernels& k, int64_t rows, const F& body) {
   for (int64_t v = 0; v < rows; v += k.lanes) {
-    const Parts parts(std::min<int64_t>(k.lanes, rows - v), k.f32.rows);
+    const int64_t here = std::min<int64_t>(k.lanes, rows - v);
+    if (here <= k.f32.rows) {  // mostly, and Parts divides
+      body(v, static_cast<int>(here));
+      continue;
+    }
+    const Parts parts(here, k.f32.rows);
     for (int64_t i = 0; i < parts.count; ++i) body(v + parts.start(i), static_cast<int>(parts.size(i)));
   }
 }

@@ -69,6 +69,8 @@ struct Arithmetic {
                bool accumulate, Ahead ahead);
   // `iterations` steps of a whole tile on registers alone: the bench's 100 %
   float (*multiply_adds)(int64_t iterations);
+  // A packed left tile of k as fp32's pack_left has it, or null
+  void (*widen_left)(const float* tile, int64_t k, float* out) = nullptr;
 };
 
 // `dot` with rows `row` and on of a 4-bit weight, columns [k0, k0 + k), k0 a multiple of 128, K of 32. `left` is in `order`,

@@ -236,7 +236,11 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
       each_f32_tile(k, rows, [&](int64_t i, int rows_there) {
         if (own_tile) {
           tile = own + thread * own_size;
-          pack_left(k, k.f32, dy, follow, i, p.N, Mask{}, tile);
+          if (product.left && arithmetic.widen_left && !out_scale) {
+            arithmetic.widen_left(left + t * steps.left, p.N, tile);
+          } else {
+            pack_left(k, k.f32, dy, follow, i, p.N, Mask{}, tile);
+          }
         }
         dS(tile, first + i, rows_there, tail_left + t * a.left_size(arithmetic.rows) + a.left_at(i), thread);
       });

@@ -105,7 +105,11 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
             for (int i = 0; i < drawn; ++i) k.dropout_mask(p.dropout, row + first + i, p.K, bits + i * words);
             mask = Mask{bits, words};
           }
-          pack_left(k, k.f32, p.x, p.M, row + first, p.K, mask, tile);
+          if (product.left && arithmetic.widen_left && !mask.words) {
+            arithmetic.widen_left(left + t * steps.left, p.K, tile);
+          } else {
+            pack_left(k, k.f32, p.x, p.M, row + first, p.K, mask, tile);
+          }
         }
         float* tail = tail_left + t * b.left_size(arithmetic.rows) + b.left_at(first);
         down(k, a, tile, rows_here, p.dropout.keep_scale, p.scaling, p.S + (row + first) * p.r, tail);

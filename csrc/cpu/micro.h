@@ -18,8 +18,9 @@ constexpr int kPanel = 2 * kLanes;
 // reductions can afford long chains; short ones are held against libraries that sum them in many lanes.
 constexpr int64_t kLongestChain = 256;
 constexpr int kAhead = 32;  // steps that the panel and the left operand are prefetched ahead
-// Rows that packing prefetches ahead: it reads so little of each that no hardware prefetcher gets going.
-constexpr int64_t kFetchedRows = 8;
+// Rows that packing prefetches ahead, into L2, which has more misses under way than L1: it reads so little of each that no
+// hardware prefetcher gets going.
+constexpr int64_t kFetchedRows = 16;
 static_assert(V::kRows <= kLanes, "a left operand's rows fit one vector");
 
 struct F32 {
@@ -146,7 +147,7 @@ void pack_straight_as(const Matrix& src, int64_t cols, int64_t k, Mask mask, flo
     if (whole) {
       const char* fetched = row + kFetchedRows * stride;
       for (int v = 0; v < vectors; ++v) {
-        __builtin_prefetch(fetched + v * kLanes * size_of(kType));
+        __builtin_prefetch(fetched + v * kLanes * size_of(kType), 0, 2);
         V::store(out + v * vector_stride, load_as<kType>(row, v * kLanes));
       }
       continue;

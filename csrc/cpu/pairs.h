@@ -14,13 +14,25 @@ void pack_pairs_transposed(const Matrix& src, int rows, int64_t k, Mask, float* 
   for (int64_t p0 = 0; p0 < pairs; p0 += 16, out += 16 * 16) {
     if (rows == 16 && 2 * (p0 + 16) <= k) {
       V::load_transposed(src.at(0, 2 * p0), src.row_stride * 2, v);
-    } else {
-      alignas(64) char part[16][64] = {};
-      const int64_t count = k - 2 * p0 < 32 ? k - 2 * p0 : 32;
-      for (int i = 0; i < rows; ++i) std::memcpy(part[i], src.at(i, 2 * p0), count * 2);
-      V::load_transposed(part[0], 64, v);
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; ++j) V::store(out + j * 16, v[j]);
+      continue;
     }
+    alignas(64) char part[16][64] = {};
+    const int64_t count = k - 2 * p0 < 32 ? k - 2 * p0 : 32;
+    for (int i = 0; i < rows; ++i) std::memcpy(part[i], src.at(i, 2 * p0), count * 2);
+    V::load_transposed(part[0], 64, v);
     for (int64_t j = 0; j < 16 && p0 + j < pairs; ++j) V::store(out + j * 16, v[j]);
+  }
+}
+
+// A tile of pairs as fp32: a dword's lower half is element k of its row, the upper one k + 1.
+inline void widen_pairs(const float* tile, int64_t k, float* out) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  for (int64_t s = 0; s < k; s += 2, tile += 16, out += 2 * 16) {
+    const __m512i pairs = _mm512_loadu_si512(tile);
+    _mm512_storeu_si512(out, _mm512_slli_epi32(pairs, 16));
+    if (s + 1 < k) _mm512_storeu_si512(out + 16, _mm512_and_si512(pairs, upper));
   }
 }
 
@@ -34,8 +46,8 @@ void pack_pairs_straight(const Matrix& src, int64_t cols, int64_t k, Mask, float
     const char* fetched = src.at(s + kFetchedRows, 0);
     for (int v = 0; v < vectors; v += 2) {
       const int64_t count = cols - v * 16;
-      __builtin_prefetch(fetched + v * 32);
-      __builtin_prefetch(fetched + src.row_stride * 2 + v * 32);
+      __builtin_prefetch(fetched + v * 32, 0, 2);
+      __builtin_prefetch(fetched + src.row_stride * 2 + v * 32, 0, 2);
       const __mmask32 have = count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0u;
       const __m512i a = s < k ? _mm512_maskz_loadu_epi16(have, src.at(s, v * 16)) : _mm512_setzero_si512();
       const __m512i b = s + 1 < k ? _mm512_maskz_loadu_epi16(have, src.at(s + 1, v * 16)) : _mm512_setzero_si512();
