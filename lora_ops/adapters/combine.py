@@ -194,7 +194,7 @@ def combine(
     equation="W = W0 + w s B A, w chosen in [0, 1] at inference",
     use='add_weighted_adapter(model, ["brief"], [0.4], "rather brief", "cat")',
     changes="C",
-    source="named in surveys of LoRA; no code was found",
+    source="Sun et al. 2023, https://arxiv.org/abs/2311.09773",
     test="test_combine.py::test_one_adapter_s_weight_is_a_dial",
 )
 def add_weighted_adapter(
