@@ -7,8 +7,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..nn.adapter import check_adapter_name
 from ..nn.linear import FusedLoraLinear
+from ..nn.settings import check_adapter_name
 from ..registry import method
 from .injection import lora_layers
 from .kinds import LoraLayer
