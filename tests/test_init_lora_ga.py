@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lora_ops
 from lora_ops import LoraConfig, lora_layers
 from lora_ops.init import initialize, lora_ga, lora_ga_peft
-from lora_ops.init.calibrate import MeanGradient
+from lora_ops.init.statistics import MeanGradient
 
 R = 4
 CONFIG = {"r": R, "lora_alpha": 16, "use_rslora": True, "target_modules": "all-linear"}
