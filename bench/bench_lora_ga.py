@@ -1,6 +1,8 @@
 """What LoRA-GA's initialisation costs beside the training that follows: SmolLM2 in bf16, r = 16 on all linear layers, batches
-of 2 x 256 tokens. Seconds of the initialisation, over those of 300 steps; and the peak memory of either, in processes of their
-own.
+of 2 x 256 tokens. Seconds of the initialisation, over those of 300 steps; and the peak memory of either, each number of batches
+in a process of its own.
+
+    pytest bench/bench_lora_ga.py -s      two threads
 """
 
 import json
@@ -13,12 +15,12 @@ from pathlib import Path
 import torch
 import transformers
 from bench_training_step import smollm2_files
+from report_rows import Rows
 
 import lora_ops
 from lora_ops.init import initialize
 
-STEPS, BATCHES = 300, (1, 4)
-TIMED_STEPS = 4
+STEPS, BATCHES, TIMED_STEPS, THREADS = 300, (1, 4), 4, 2
 
 
 def peak(run: Callable[[], None]) -> tuple[float, float]:
@@ -33,7 +35,7 @@ def peak(run: Callable[[], None]) -> tuple[float, float]:
 
 def measure(files: str, batches: int) -> dict[str, float]:
     """With no batches: plain LoRA."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     model = transformers.AutoModelForCausalLM.from_pretrained(files, dtype=torch.bfloat16).train()
     for p in model.parameters():
         p.data = p.data.clone()  # no pages of the file, which count when they are read
@@ -57,28 +59,38 @@ def measure(files: str, batches: int) -> dict[str, float]:
     return found | {"step s": min(seconds)}
 
 
-def bench_lora_ga(benchmark, tmp_path_factory, capsys) -> None:
+def bench_lora_ga(benchmark, tmp_path_factory, rows_of, capsys) -> None:
     files = str(smollm2_files(tmp_path_factory.getbasetemp().parent))
     runs = {}
 
     def all_of_them() -> None:
         for batches in (0, *BATCHES):
             command = [sys.executable, __file__, files, str(batches)]
-            runs[batches] = json.loads(
-                subprocess.run(command, capture_output=True, check=True, text=True).stdout.splitlines()[-1]
-            )
+            done = subprocess.run(command, capture_output=True, check=True, text=True)
+            runs[batches] = json.loads(done.stdout.splitlines()[-1])
 
     benchmark.pedantic(all_of_them, rounds=1)
-    with capsys.disabled():
-        print(f"\nLoRA: a step {runs[0]['step s']:.2f} s, at most {runs[0]['training MiB']:.0f} MiB")
-        for batches in BATCHES:
-            found = runs[batches]
-            share = found["init s"] / (STEPS * found["step s"])
-            print(
-                f"LoRA-GA from {batches} batches: {found['init s']:.1f} s, "
-                f"{share:.1%} of {STEPS} steps of {found['step s']:.2f} s; "
-                f"at most {found['init MiB']:.0f} MiB, training {found['training MiB']:.0f} MiB"
-            )
+    results = rows_of("bench-lora_ga", CAPTION.format(threads=THREADS, steps=STEPS), COLUMNS)
+    for batches in BATCHES:
+        row = {"batches": batches, **runs[batches], "LoRA MiB": runs[0]["training MiB"]}
+        results.add(row)
+        with capsys.disabled():
+            print(f"\n{results.line(row)}")
+
+
+CAPTION = (
+    "SmolLM2-135M in bf16, {threads} threads, batches of 2 x 256 tokens, fp32 adapters of r = 16 on all linear layers; share: "
+    "of {steps} training steps. Peaks of resident memory, the model in it; a layer that LoRA-GA starts keeps W0, too."
+)
+COLUMNS: dict[str, Rows.Cell] = {
+    "batches": lambda row: str(row["batches"]),
+    "initialisation": lambda row: f"{row['init s']:.1f} s",
+    "a step": lambda row: f"{row['step s']:.2f} s",
+    "share": lambda row: f"{row['init s'] / (STEPS * row['step s']):.1%}",
+    "memory, initialisation": lambda row: f"{row['init MiB']:.0f} MiB",
+    "memory, training": lambda row: f"{row['training MiB']:.0f} MiB",
+    "memory, training of LoRA": lambda row: f"{row['LoRA MiB']:.0f} MiB",
+}
 
 
 if __name__ == "__main__":

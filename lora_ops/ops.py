@@ -11,7 +11,6 @@ allocates every output. Devices and dtypes without a kernel run lora_ops/referen
 import functools
 import math
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,47 +86,11 @@ def base_on_torch(dtype: torch.dtype) -> bool:
     return _C.isa() == "generic"
 
 
-# Where torch has them, tensors are looked at through a table of C functions (csrc/tensors.h).
+# Where torch has them, tensors are looked at through a table of C functions (csrc/tensors.h). `_C.forward_of_tensors` and
+# `backward_of_tensors` take any weight, (weight,) or the fields of qlora_ops.Weight, and do their work where all arguments fit
+# the kernels as they are; otherwise they return None, and Python asks what does not fit.
 if hasattr(Tensor, "__dlpack_c_exchange_api__"):
     _C.use_tensors(Tensor.__dlpack_c_exchange_api__, Tensor, torch.nn.Parameter, torch.empty, tuple(_DTYPES))
-
-
-def forward_of_tensors(
-    x: Tensor,
-    weight: tuple[Any, ...],
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    panels: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor] | None:
-    """y and S where all arguments fit the kernels as they are, or None: then ask what does not. Any weight: (weight,), or
-    the fields of qlora_ops.Weight."""
-    if not 0.0 <= dropout_p < 1.0:
-        return None
-    return _C.forward_of_tensors(
-        x, weight, lora_A, lora_B, bias, panels, _dropout(seed, dropout_p), scaling, dropout_p, torch.get_num_threads()
-    )
-
-
-def backward_of_tensors(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: tuple[Any, ...],
-    lora_A: Tensor,
-    lora_B: Tensor,
-    S: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    *need: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """dx, dA, dB and dbias likewise."""
-    return _C.backward_of_tensors(
-        dy, x, weight, lora_A, lora_B, S, _dropout(seed, dropout_p), scaling, need, torch.get_num_threads()
-    )
 
 
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:
@@ -204,8 +167,9 @@ def _lora_forward_cpu(
     dropout_p: float,
     y_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if y_dtype is None and not base_on_torch(x.dtype):
-        done = forward_of_tensors(x, (weight,), lora_A, lora_B, bias, panels, seed, scaling, dropout_p)
+    if y_dtype is None and 0.0 <= dropout_p < 1.0 and not base_on_torch(x.dtype):
+        drop, threads = _dropout(seed, dropout_p), torch.get_num_threads()
+        done = _C.forward_of_tensors(x, (weight,), lora_A, lora_B, bias, panels, drop, scaling, dropout_p, threads)
         if done is not None:
             return done
     check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
@@ -236,7 +200,8 @@ def _lora_backward_cpu(
     *need: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not base_on_torch(dy.dtype):
-        done = backward_of_tensors(dy, x, (weight,), lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, *need)
+        drop, threads = _dropout(seed, dropout_p), torch.get_num_threads()
+        done = _C.backward_of_tensors(dy, x, (weight,), lora_A, lora_B, S, drop, scaling, (need_dx, *need), threads)
         if done is not None:
             return done
     if not _has_kernel(dy, weight):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, ops, reference
+from . import _C, checks, ops, reference
 from .autograd import Operator, library, register, register_autograd
 from .quant import NF4Weight, layout
 
@@ -121,12 +121,13 @@ def _forward_of_checked(x: Tensor, *args):  # type: ignore[no-untyped-def]
     if x.dtype not in layout.DTYPES:
         return forward_reference(x, *args)
     weight, beside = Weight(*args[:7]), args[7:]
-    if not ops.base_on_torch(x.dtype):
-        lora_A, lora_B, bias, seed, scaling, dropout_p = beside
-        done = ops.forward_of_tensors(x, weight, lora_A, lora_B, bias, None, seed, scaling, dropout_p)
+    lora_A, lora_B, bias, seed, scaling, p = beside
+    if 0.0 <= p < 1.0 and not ops.base_on_torch(x.dtype):
+        drop, threads = ops._dropout(seed, p), torch.get_num_threads()
+        done = _C.forward_of_tensors(x, weight, lora_A, lora_B, bias, None, drop, scaling, p, threads)
         if done is not None:
             return done
-    check_beside(x, weight.codes, *(beside[i] for i in (0, 1, 2, 4, 5)))
+    check_beside(x, weight.codes, lora_A, lora_B, bias, scaling, p)
     return _forward_checked(x, weight, *beside)
 
 
@@ -147,7 +148,8 @@ def _backward_cpu(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-untyp
         return backward_reference(dy, x, *args)
     weight, (lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, *need) = Weight(*args[:7]), args[7:]
     if not ops.base_on_torch(dy.dtype):
-        done = ops.backward_of_tensors(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, need_dx, *need)
+        drop, threads = ops._dropout(seed, dropout_p), torch.get_num_threads()
+        done = _C.backward_of_tensors(dy, x, weight, lora_A, lora_B, S, drop, scaling, (need_dx, *need), threads)
         if done is not None:
             return done
     g, K = ops.rows_of(dy), lora_A.shape[1]

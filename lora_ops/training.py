@@ -1,9 +1,11 @@
 """The protocol of training methods, and what of a model they act on."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -85,6 +87,15 @@ class Path:
     @property
     def scaling(self) -> float:
         return self.layer.scaling if self.adapter is None else self.layer.scaling[self.adapter]
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """A anew, uniform in ±1/√K, and B zero: the path changes nothing. Gates stay what they are."""
+        if self.adapter is not None:
+            self.layer.reset_lora_parameters(self.adapter)
+            return
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
 
 
 def low_rank_paths(model: nn.Module, *, gated: bool = False) -> list[Path]:

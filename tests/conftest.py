@@ -30,6 +30,13 @@ def global_state(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def no_compiled_code() -> Iterator[None]:
+    """What a test compiles is forgotten after it."""
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def nvcc() -> str:
     path = shutil.which("nvcc")

@@ -30,31 +30,33 @@ class One(nn.Module):
         return self.layer(x)
 
 
-class PhiloxDropout(nn.Module):
-    """The mask that a fused layer draws, for a stock one."""
+class Mask(nn.Module):
+    """Dropout by a mask of the subclass's."""
 
     def __init__(self, p: float):
         super().__init__()
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
+        return self.dropped(x) if self.training else x
+
+    def dropped(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class PhiloxDropout(Mask):
+    """The mask that a fused layer draws, for a stock one."""
+
+    def dropped(self, x: Tensor) -> Tensor:
         seed = torch.randint(0, 2**62, (), dtype=torch.int64)
         keep = reference.dropout_keep(seed, self.p, x.shape[:-1].numel(), x.shape[-1])
         return x * (keep.view(x.shape).to(x.dtype) / (1 - self.p))
 
 
-class DoraDropout(nn.Module):
+class DoraDropout(Mask):
     """The mask that `dora_linear` draws."""
 
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
+    def dropped(self, x: Tensor) -> Tensor:
         return x * torch.empty(x.shape, dtype=torch.bool).bernoulli_(1 - self.p) / (1 - self.p)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from reader import inputs, reader
 from safetensors.torch import load_file
 from test_adapter_files import CONFIG, WEIGHTS, assert_same_tensors, config_with, put, read, tensors_with
-from test_other_layers_in_models import inputs, reader
 from tiny_models import assert_as_exact, assert_untouched, llama, snapshot, tokens
 from torch import Tensor, nn
 

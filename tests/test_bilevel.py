@@ -1,13 +1,14 @@
 """Gates that learn on other data than A and B."""
 
 import copy
+import math
 
 import pytest
 import torch
 from low_rank_models import F64, batch, gated, layers, loss_of, train, trainable
 from torch import nn
 
-from lora_ops.methods import autolora, autolora_ranks, bilora, hypergradient, low_rank_paths
+from lora_ops.methods import autolora, autolora_ranks, bilora, binary_entropy, hypergradient, low_rank_paths
 from lora_ops.methods.learned_gates import GATES
 
 R, XI = 4, 0.3
@@ -78,9 +79,46 @@ def test_bilora_trains_with_any_gate(gate):
         assert ((gates > 0) & (gates < 1)).all()
 
 
+@pytest.mark.parametrize("unroll_lr", [0.0, XI])
+def test_entropy_is_a_term_of_the_outer_loss(unroll_lr):
+    """Its gradient comes on top of the gates', and A and B do not see it."""
+    model, (train_data, validation_data) = one_layer()
+    other, found = copy.deepcopy(model), []
+    for m, weight in ((model, 0.5), (other, 0.0)):
+        losses = (lambda m=m: loss_of(m, train_data)), (lambda m=m: loss_of(m, validation_data))
+        method = bilora(m, *losses, gate="sigmoid", unroll_lr=unroll_lr, entropy_weight=weight)
+        loss_of(m, train_data).backward()
+        method.on_backward(1)
+        path = low_rank_paths(m)[0]
+        found.append([m[0].factors.parametrizations.gate.original.grad, path.lora_A.grad, path.lora_B.grad])
+    z = model[0].factors.parametrizations.gate.original.detach()
+    g = z.sigmoid()
+    of_entropy = -0.5 * z * g * (1 - g) / R  # dH/dg = log((1 - g) / g) = -z
+    torch.testing.assert_close(found[0][0] - found[1][0], of_entropy)
+    assert torch.equal(found[0][1], found[1][1])
+    assert torch.equal(found[0][2], found[1][2])
+
+
+def test_entropy_makes_gates_binary():
+    model, data, validation = gated(R), batch(), batch()
+    losses = (lambda: loss_of(model, data)), (lambda: loss_of(model, validation))
+    method = bilora(model, *losses, gate="sigmoid", entropy_weight=50.0)
+    for layer in layers(model):
+        nn.init.normal_(layer.factors.parametrizations.gate.original)
+    optimizer = torch.optim.Adam(trainable(model), lr=0.2)
+    train(model, optimizer, data, 60, method)
+    gates = torch.cat([layer.factors.gate for layer in layers(model)])
+    assert torch.minimum(gates, 1 - gates).max() < 0.01
+    assert 0 < int((gates > 0.5).sum()) < 3 * R
+    assert binary_entropy([torch.tensor([0.0, 1.0])]) == 0
+    assert binary_entropy([torch.tensor([0.5])]).item() == pytest.approx(math.log(2))
+
+
 def test_bilora_names_what_does_not_fit():
     with pytest.raises(ValueError, match="gate must be one of"):
         bilora(gated(R), lambda: None, lambda: None, gate="relu")
+    with pytest.raises(ValueError, match="entropy_weight must be 0"):
+        bilora(gated(R), lambda: None, lambda: None, entropy_weight=1.0)
 
 
 def test_autolora_finds_ranks():

@@ -353,6 +353,24 @@ def test_errors(make_it, kind, words) -> None:
         make_it()
 
 
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"init_lora_weights": "pissa"}, ValueError, 'init_lora_weights must be True, False or "gaussian"'),
+        ({"use_dora": True}, ValueError, "use_dora must be False"),
+        ({"adapter_name": "a.b"}, ValueError, "adapter_name must be"),
+        ({"use_rslora": 1}, TypeError, "use_rslora must be True or False, got 1"),
+        ({"alpha": 8}, TypeError, "unexpected keyword argument 'alpha'"),
+    ],
+)
+def test_what_is_refused_is_left_as_it_was(options: dict, kind, words: str) -> None:
+    conv = nn.Conv2d(3, 4, 1)
+    with pytest.raises(kind, match=words):
+        FusedLoraConv2d.from_conv(conv, **options)
+    assert conv.weight.requires_grad
+    assert conv.bias is not None and conv.bias.requires_grad
+
+
 def test_a_kernel_that_is_wrong_fails() -> None:
     """The bound notices a last channel that is left out."""
     theirs, ours = make(PRODUCTS["2d"][0])

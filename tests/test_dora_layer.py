@@ -55,6 +55,7 @@ def test_checkpointing_repeats_the_masks(kind: str, kinds: tuple[str, ...]) -> N
     assert all(torch.equal(t, other[name]) for other in results[1:] for name, t in results[0].items())
 
 
+@pytest.mark.usefixtures("no_compiled_code")
 @pytest.mark.parametrize("kinds", KINDS, ids="+".join)
 @pytest.mark.parametrize("kind", ["linear", "4bit"])
 def test_compiles_without_a_graph_break(kind: str, kinds: tuple[str, ...]) -> None:
@@ -64,7 +65,6 @@ def test_compiles_without_a_graph_break(kind: str, kinds: tuple[str, ...]) -> No
     expected, actual = run(model, case.setting, 0), run(compiled, case.setting, 0)
     assert expected.keys() == {name.removeprefix("_orig_mod.") for name in actual}
     assert all(torch.equal(t, expected[name.removeprefix("_orig_mod.")]) for name, t in actual.items())
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("kind", ["dora", "bias"])

@@ -67,6 +67,14 @@ def test_merged_computes_what_unmerged_does(kinds: tuple[str, ...], quantised: b
         compare.assert_within_bound({"y": compare.error(layer(x), stock(x), merged(x.double()))})
 
 
+def test_the_rows_of_a_merged_weight_are_as_long_as_the_magnitude_says() -> None:
+    layer = FusedLoraLinear(K, N, 4, use_dora=True, init_lora_weights=False, dtype=F64)
+    nn.init.normal_(layer.lora_magnitude_vector["default"], mean=2.0)
+    layer.merge()
+    lengths = torch.linalg.vector_norm(layer.weight, dim=1)
+    torch.testing.assert_close(lengths, layer.lora_magnitude_vector["default"].abs().detach(), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("kinds", MERGED, ids="+".join)
 def test_4bit_layers_merge_in_their_format(kinds: tuple[str, ...]) -> None:
     case = Case(kinds, Setting(Dtypes(BF16, F32), kind="4bit"))

@@ -19,16 +19,16 @@ from factored_layers import (
 from torch import nn
 
 from lora_ops import FactoredLinear, factors
-from lora_ops.factors import seeded
+from lora_ops.factors import directions
 
 
 def all_directions(count, shape, seed):
-    return torch.cat(list(seeded.directions(count, shape, seed, torch.float64)))
+    return torch.cat(list(directions.directions(count, shape, seed, torch.float64)))
 
 
 @pytest.fixture(params=[1 << 20, 300], ids=["one block", "many blocks"])
 def blocks(request, monkeypatch):
-    monkeypatch.setattr(seeded, "_BLOCK", request.param)
+    monkeypatch.setattr(directions, "_BLOCK", request.param)
 
 
 def test_directions_have_the_scale_of_one(blocks):
@@ -58,7 +58,7 @@ def test_nola_is_rebuilt_from_seed_and_coefficients(blocks):
 
 def test_nola_keeps_no_bases(monkeypatch):
     """What the backward keeps does not depend on how many there are, nor does what lives in between."""
-    monkeypatch.setattr(seeded, "_BLOCK", 5000)
+    monkeypatch.setattr(directions, "_BLOCK", 5000)
     kept = []
     for bases in (64, 512):
         layer, sizes = fresh(lambda base, bases=bases: factors.Nola(base, R, bases=bases), nn.Linear(256, 256)), []
@@ -66,7 +66,7 @@ def test_nola_keeps_no_bases(monkeypatch):
             layer(torch.randn(2, 256))
         kept.append(sum(sizes))
     assert kept[0] == kept[1] > 0
-    blocks = [block.numel() for block in seeded.directions(512, (R, 256), 0)]
+    blocks = [block.numel() for block in directions.directions(512, (R, 256), 0)]
     assert max(blocks) <= 5000 and sum(blocks) == 512 * R * 256
 
 

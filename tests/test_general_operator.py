@@ -225,31 +225,27 @@ def test_opcheck(train, four_bits):
         torch.library.opcheck(torch.ops.lora_ops.lora_general_forward.default, arguments)
 
 
+@pytest.mark.usefixtures("no_compiled_code")
 @pytest.mark.parametrize("four_bits", [False, True], ids=["dense", "4 bits"])
 def test_compile_without_a_graph_break(four_bits):
     make = make_quantised_case if four_bits else make_case
     g = general(make((9, 33, 17, 4), Dtypes(F32, F32), bias=True), ("token", "core", "scale"))
-    try:
-        compiled = torch.compile(lambda **leaves: without_seed(g, **leaves), fullgraph=True, backend="aot_eager")
-        expected = results(g, fused)
-        actual = results(g, lambda _, **leaves: compiled(**leaves))
-        assert all(torch.equal(actual[name], expected[name]) for name in expected)
-    finally:
-        torch.compiler.reset()
+    compiled = torch.compile(lambda **leaves: without_seed(g, **leaves), fullgraph=True, backend="aot_eager")
+    expected = results(g, fused)
+    actual = results(g, lambda _, **leaves: compiled(**leaves))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+@pytest.mark.usefixtures("no_compiled_code")
 def test_compile_with_dropout():
     g = general(make_case((9, 33, 17, 4), Dtypes(F32, F32), dropout_p=0.5), ("rank", "", ""))
-    try:
-        linear = torch.compile(lora_ops.lora_linear, fullgraph=True, backend="aot_eager")
-        options = {"scaling": 1.0, "dropout_p": 0.5, "training": True, "gate": g.gate}
-        args = g.case.x, g.case.weight, g.case.lora_A, g.case.lora_B
-        torch.manual_seed(3)
-        y = linear(*args, **options)
-        torch.manual_seed(3)
-        assert torch.equal(y, lora_ops.lora_linear(*args, **options))
-    finally:
-        torch.compiler.reset()
+    linear = torch.compile(lora_ops.lora_linear, fullgraph=True, backend="aot_eager")
+    options = {"scaling": 1.0, "dropout_p": 0.5, "training": True, "gate": g.gate}
+    args = g.case.x, g.case.weight, g.case.lora_A, g.case.lora_B
+    torch.manual_seed(3)
+    y = linear(*args, **options)
+    torch.manual_seed(3)
+    assert torch.equal(y, lora_ops.lora_linear(*args, **options))
 
 
 def test_autocast_takes_factors_as_they_come():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lora_ops
 from lora_ops import LoraConfig, lora_layers
 from lora_ops.init import initialize, lora_ga, lora_ga_peft
-from lora_ops.init.calibrate import MeanGradient
+from lora_ops.init.statistics import MeanGradient
 
 R = 4
 CONFIG = {"r": R, "lora_alpha": 16, "use_rslora": True, "target_modules": "all-linear"}
@@ -79,6 +79,18 @@ def test_the_first_step_is_full_fine_tuning_s_best_of_rank_2r() -> None:
     for name, step in steps.items():
         assert cosine(plain[name], -G[name]) < cosine(step, -G[name])
         assert cosine(peft_s[name], -best(G[name], 2 * R)) < 0.999
+
+
+def test_scaled_for_gradient_descent_it_is_a_step_of_the_same_learning_rate() -> None:
+    """scale="gd": k = 1 / s, and ΔW = -η times the best approximation of rank 2r itself."""
+    base, data, eta = llama().double(), batches(1), 1e-7
+    model = started(base, data, niter=None, scale="gd")
+    before = {name: layer.delta_weight() for name, layer in lora_layers(model)}
+    model(**data[0]).loss.backward()
+    torch.optim.SGD(lora_ops.lora_parameters(model), lr=eta).step()
+    for name, G in gradients(base, data).items():
+        step = model.get_submodule(name).delta_weight() - before[name]
+        assert nearness(step, -eta * best(G, 2 * R)) < 1e-3
 
 
 def test_the_iteration_is_near_enough() -> None:
@@ -174,8 +186,13 @@ def test_directions_and_scales(direction: str) -> None:
         assert abs(initial.lora_A.norm() / 2**0.5 / k[scale] - 1) < 1e-12
         assert abs(initial.lora_B.norm() / 2**0.5 / k[scale] - 1) < 1e-12
         assert nearness(initial.weight + 3 * initial.lora_B @ initial.lora_A, W) < 1e-14
-    clipped = lora_ga(W / 1000, 2, 3.0, G=G, direction=direction, norm_clip=True)
-    assert (3 * clipped.lora_B @ clipped.lora_A).abs().max() <= (W / 1000).abs().max() * (1 + 1e-12)
+    wide = lora_ga(W, 2, 3.0, G=G, direction="ArB2r", niter=None)
+    for small in (W, W / 1000):  # whose largest element is larger than the product's, or smaller
+        clipped = lora_ga(small, 2, 3.0, G=G, direction="ArB2r", niter=None, norm_clip=True)
+        ratio = (small.abs().max() / (3 * wide.lora_B @ wide.lora_A).abs().max()).clamp(max=1)
+        assert nearness(clipped.lora_A, ratio.sqrt() * wide.lora_A) < 1e-12
+        assert nearness(clipped.lora_B, ratio.sqrt() * wide.lora_B) < 1e-12
+        assert (ratio < 1) == (small is not W)
 
 
 @pytest.mark.parametrize("scale", ["stable", "weight_svd", "gd_scale", "unit"])

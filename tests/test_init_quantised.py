@@ -95,6 +95,10 @@ def test_lqer_repairs_what_the_inputs_see() -> None:
     assert lost(of_inputs) < 0.8 * lost(plain)
     loftq = lora_ops.init.loftq(W, 32, 1.5)
     assert nearness(plain.lora_B @ plain.lora_A, loftq.lora_B @ loftq.lora_A) < 1e-5
+    a, lost_by_Q = x.abs().mean(0), W - of_inputs.weight.dequantize()
+    missing = (lost_by_Q - 1.5 * of_inputs.lora_B @ of_inputs.lora_A) * a
+    least = torch.linalg.svdvals(lost_by_Q * a)[32:].norm()  # no factors of rank 32 leave less of what the inputs see
+    assert abs(missing.norm() / least - 1) < 1e-4
     model, bias = nn.Sequential(base), base.bias
     lora_ops.add_lora(model, lora_ops.LoraConfig(r=32, lora_alpha=48, target_modules=["0"]))
     lora_ops.init.initialize(model, "lqer", [x[:200], x[200:]], quant="nf4")

@@ -28,6 +28,12 @@ def test_one_factor_is_zero_and_the_other_gets_the_first_gradient(init: bool | s
     assert of_none.any()
 
 
+def test_where_both_factors_are_zero_nothing_ever_trains() -> None:
+    layer = started("init_a")
+    nn.init.zeros_(layer.lora_A["default"])
+    assert not any(gradient.any() for gradient in first_gradients(layer))
+
+
 @pytest.mark.parametrize(
     ("init", "factor", "deviation"),
     [("init_a", "lora_A", 500**-0.5), ("init_b", "lora_B", 50**-0.5), ("offset", "lora_B", 50**-0.5)],

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from buffers import poisoned
 from compare import BF16, F16, F32, Dtypes, Error, assert_within_bound, draws, error, every_dtype
+from compiled import Graphs
 from torch import Tensor, nn
 
 import lora_ops
@@ -278,27 +279,19 @@ def test_opcheck(train):
     torch.library.opcheck(torch.ops.lora_ops.multi_lora_forward, arguments)
 
 
+@pytest.mark.usefixtures("no_compiled_code")
 def test_compile_without_a_graph_break_or_another_compilation():
     """Other rows and other adapters of the same shapes run the same graph, with eager's results."""
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    case = mixed(9, 33, 17, Dtypes(F32, F32), (4, 8, 8))
-    layer = torch.compile(lambda x, ids: multi_lora_linear(x, case.weight, case.bank, ids), fullgraph=True, backend=count)
-    try:
-        for _ in range(3):
-            with torch.no_grad():
-                for ids in (case.ids, torch.full((9,), -1), case.ids.flip(0)):
-                    assert torch.equal(layer(case.x, ids), multi_lora_linear(case.x, case.weight, case.bank, ids))
-            A, B, _ = case.adapters[1]
-            case.bank.remove("adapter1")
-            case.bank.add("adapter1", A.detach() + 1, B.detach() - 1, 3.0)
-        assert len(graphs) <= 2  # the second without the requires_grad that the first adapter had
-    finally:
-        torch.compiler.reset()
+    graphs, case = Graphs(), mixed(9, 33, 17, Dtypes(F32, F32), (4, 8, 8))
+    layer = torch.compile(lambda x, ids: multi_lora_linear(x, case.weight, case.bank, ids), fullgraph=True, backend=graphs)
+    for _ in range(3):
+        with torch.no_grad():
+            for ids in (case.ids, torch.full((9,), -1), case.ids.flip(0)):
+                assert torch.equal(layer(case.x, ids), multi_lora_linear(case.x, case.weight, case.bank, ids))
+        A, B, _ = case.adapters[1]
+        case.bank.remove("adapter1")
+        case.bank.add("adapter1", A.detach() + 1, B.detach() - 1, 3.0)
+    assert graphs.count <= 2  # the second without the requires_grad that the first adapter had
 
 
 def bank_of(K: int = 3, N: int = 4, r: int = 2, dtype: torch.dtype = F32) -> AdapterBank:

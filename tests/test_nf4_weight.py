@@ -90,6 +90,17 @@ def test_dequantize_rounds_once():
         weight.dequantize(torch.int8)
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_what_is_quantised_already_stays_what_it_is(double_quant):
+    """Codes are the same once more, and so are scales, as far as they are kept exactly."""
+    first = quantize_nf4(torch.randn(20, 256), double_quant=double_quant)
+    again = quantize_nf4(first.dequantize(torch.float32), double_quant=double_quant)
+    assert torch.equal(again.codes, first.codes)
+    if not double_quant:
+        assert torch.equal(again.absmax, first.absmax)
+        assert torch.equal(again.dequantize(torch.float32), first.dequantize(torch.float32))
+
+
 def test_strides_and_gradients_of_the_weight_do_not_matter():
     weight = torch.randn(K, N, requires_grad=True).T
     quantised = quantize_nf4(weight)

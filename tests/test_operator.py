@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import BF16, F16, F32, Dtypes, eager_lora, error, every_dtype, fused_lora, make_case, oracle, run
-from observe import Names, bytes_beside, gradients, leaves, saved
+from compiled import assert_compiled_is_eager, assert_compiled_layer_is_eager, assert_one_graph_serves_all_rows
+from observe import Names, bytes_beside, leaves, saved
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +17,8 @@ from lora_ops import FusedLoraLinear, lora_linear, ops, reference
 
 F64 = torch.float64
 M, K, N, r = SHAPE = (41, 33, 65, 8)
+
+pytestmark = pytest.mark.usefixtures("no_compiled_code")
 
 
 # --- torch.library ----------------------------------------------------------------------------------------------------
@@ -64,12 +67,6 @@ def test_meta_tensors_give_shapes():
 # --- torch.compile and torch.export -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def no_compiled_code():
-    yield
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize(
     ("backend", "dtypes", "dropout_p"),
     [
@@ -81,48 +78,23 @@ def no_compiled_code():
     ids=str,
 )
 def test_compile_without_a_graph_break(backend, dtypes, dropout_p):
-    """Compiled, results and gradients are those of eager, bit for bit."""
     case = make_case(SHAPE, dtypes, bias=True, dropout_p=dropout_p)
 
     def layer(x, A, B, bias):
         return lora_linear(x * 2, case.weight, A, B, scaling=0.5, bias=bias, dropout_p=dropout_p, training=True)
 
-    compiled = torch.compile(layer, fullgraph=True, backend=backend)
-    for actual, expected in zip(gradients(compiled, case), gradients(layer, case), strict=True):
-        assert torch.equal(actual, expected)
+    assert_compiled_is_eager(layer, case, backend)
 
 
 @pytest.mark.parametrize("prepack", [False, True])
 def test_compile_the_module(prepack):
-    """Compiled, the module and its gradients are those of eager, bit for bit."""
     layer = FusedLoraLinear(K, N, r=4, lora_dropout=0.3, init_lora_weights=False, prepack=prepack)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 5, K)
-    results = []
-    for module in (layer, compiled):
-        layer.zero_grad()
-        torch.manual_seed(1)
-        y = module(x)
-        y.square().sum().backward()
-        results.append([y.detach(), layer.lora_A["default"].grad, layer.lora_B["default"].grad])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert_compiled_layer_is_eager(layer, torch.randn(2, 5, K))
 
 
 def test_compile_with_shapes_that_change():
-    """One graph serves every number of rows: a second size compiles a general one, a third nothing."""
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph
-
     case = make_case(SHAPE, Dtypes(F32, F32))
-    layer = torch.compile(
-        lambda x: lora_linear(x, case.weight, case.lora_A, case.lora_B, scaling=0.5), fullgraph=True, backend=count
-    )
-    for rows in (3, 7, 20, 41):
-        assert layer(torch.randn(rows, K)).shape == (rows, N)
-    assert len(graphs) == 2
+    assert_one_graph_serves_all_rows(lambda x: lora_linear(x, case.weight, case.lora_A, case.lora_B, scaling=0.5), K, N)
 
 
 def test_inductor_drops_the_same_elements_forward_and_backward():

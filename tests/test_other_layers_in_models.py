@@ -5,13 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import compare
-import peft
 import pytest
 import torch
 from peft.utils.other import ModulesToSaveWrapper as PeftWrapper
+from reader import Reader, inputs, pair, reader
 from tiny_models import Mlp, assert_as_exact, assert_untouched, gpt2, llama, snapshot, tokens, with_peft
-from torch import Tensor, nn
+from torch import nn
 
 import lora_ops
 from lora_ops import (
@@ -35,39 +34,6 @@ from lora_ops.adapters.kinds import from_layer
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(share a weight|tied layer is part|fan_in_fan_out|groups > 1|not tied any more|no longer tied|weight-tying).*"
 )
-
-
-class Reader(nn.Module):
-    """Patches of an image, words, several convolutions, a head that is tied to the words."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, 16, 4, 4)
-        self.words = nn.Embedding(20, 16, padding_idx=0)
-        self.mix = nn.Sequential(nn.Conv1d(16, 24, 3, padding=1), nn.ReLU(), nn.Conv1d(24, 16, 1))
-        self.in_groups = nn.Conv1d(16, 16, 3, padding=1, groups=2)
-        self.norm = nn.BatchNorm1d(16)
-        self.proj = nn.Linear(16, 16)
-        self.head = nn.Linear(16, 20, bias=False)
-        self.head.weight = self.words.weight
-        self.many = nn.ModuleList()
-
-    def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
-        image, ids = inputs
-        x = torch.cat([self.patches(image).flatten(2), self.words(ids).transpose(1, 2)], dim=2)
-        x = self.norm(self.in_groups(x + self.mix(x)))
-        return self.head(self.proj(x.transpose(1, 2)))
-
-
-def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    image = torch.randn(2, 3, 8, 12, generator=generator).to(dtype)
-    return image, torch.randint(0, 20, (2, 5), generator=generator)
-
-
-def reader() -> Reader:
-    torch.manual_seed(0)
-    return Reader()
 
 
 TARGETS: list[tuple[Any, dict]] = [
@@ -118,27 +84,6 @@ def test_targets_what_peft_targets(make, fields: dict) -> None:
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     of_peft = {name for name, p in theirs.model.named_parameters() if p.requires_grad}
     assert trained == {name.replace(".base_layer", "").removesuffix(".weight" * ("lora_" in name)) for name in of_peft}
-
-
-EVERYTHING = {"target_modules": ["patches", "words", "mix.0", "mix.2", "proj"], "modules_to_save": ["norm", "in_groups"]}
-
-
-def pair(fields: dict | None = None, dtype: torch.dtype = torch.float32, make=reader):
-    """Our model and PEFT's, with the same numbers, none zero."""
-    config = LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **(EVERYTHING if fields is None else fields)})
-    model = make().to(dtype)
-    theirs = with_peft(copy.deepcopy(model), config)
-    add_lora(model, config)
-    numbers = {name.replace(".base_layer", ""): p for name, p in theirs.base_model.model.named_parameters()}
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                key = name if name in numbers else f"{name}.weight"
-                p.copy_(numbers[key])
-            elif "modules_to_save" in name:
-                p.mul_(1.25)
-                numbers[name].copy_(p)
-    return model, theirs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -239,91 +184,6 @@ def test_tied_weights_are_spoken_of() -> None:
         add_lora(reader(), LoraConfig(target_modules=["words"]))
     with pytest.warns(UserWarning, match="words and head share a weight"):
         add_lora(reader(), LoraConfig(target_modules=["proj"], modules_to_save=["head"]))
-
-
-# --- named adapters and whole modules ---------------------------------------------------------------------------------
-
-
-def two_adapters():
-    """The second one trains another module than the first, and one that is the same."""
-    model, theirs = pair()
-    config = {**EVERYTHING, "r": 2, "init_lora_weights": False, "modules_to_save": ["norm"]}
-    lora_ops.add_adapter(model, LoraConfig(**config), "second")
-    theirs.add_adapter("second", peft.LoraConfig(**config))
-    return model.eval(), theirs.eval()
-
-
-def test_named_adapters() -> None:
-    model, theirs = two_adapters()
-    for name in ("second", "default"):
-        lora_ops.set_adapter(model, name)
-        theirs.set_adapter(name)
-        trained = {n for n, p in model.named_parameters() if p.requires_grad}
-        of_peft = {n.replace(".base_layer", "") for n, p in theirs.base_model.model.named_parameters() if p.requires_grad}
-        assert trained == {n.removesuffix(".weight" * ("lora_" in n)) for n in of_peft}
-        assert model.norm.current is model.norm.modules_to_save[name]
-    assert model.in_groups.current is model.in_groups.modules_to_save["default"]
-    y = model(inputs())
-    lora_ops.set_adapter(model, "second")
-    assert model.in_groups.current is model.in_groups.original_module
-    assert not torch.equal(model(inputs()), y)
-    with lora_ops.disable_adapter(model):
-        assert torch.equal(model(inputs()), reader().eval()(inputs()))
-        assert model.norm.current is model.norm.original_module
-    assert model.norm.current is model.norm.modules_to_save["second"]
-    with pytest.raises(ValueError, match=r"one adapter at most that trains the same whole module, got \['default', 'second'\]"):
-        lora_ops.set_adapter(model, ["default", "second"])
-    assert {layer.active_adapter for _, layer in lora_layers(model)} == {"second"}
-    lora_ops.delete_adapter(model, "second")
-    assert list(model.norm.modules_to_save) == ["default"]
-    lora_ops.set_adapter(model, "default")
-    assert torch.equal(model(inputs()), y)
-    merged = merge_and_unload(copy.deepcopy(model))
-    assert torch.equal(merged.norm.weight, model.norm.modules_to_save["default"].weight)
-
-
-def test_the_mode_is_kept() -> None:
-    for training in (True, False):
-        model = add_lora(reader().train(training), LoraConfig(r=4, **EVERYTHING))
-        lora_ops.add_adapter(model, LoraConfig(r=4, **EVERYTHING), "second")
-        assert {m.training for m in model.modules()} == {training}
-        assert {m.training for m in remove_lora(model).modules()} == {training}
-
-
-def test_a_whole_module_trains() -> None:
-    model, _ = pair()
-    optimizer = torch.optim.SGD(lora_parameters(model), lr=0.1)
-    W0, W = model.in_groups.original_module.weight.clone(), model.in_groups.weight.clone()
-    model(inputs()).square().mean().backward()
-    optimizer.step()
-    assert torch.equal(model.in_groups.original_module.weight, W0)
-    assert not torch.equal(model.in_groups.weight, W)
-    copied = copy.deepcopy(model).eval()
-    assert torch.equal(copied(inputs()), model.eval()(inputs()))
-
-
-@pytest.mark.parametrize("combination_type", ["cat", "svd", "linear", "ties"])
-def test_weighted_adapters(combination_type: str) -> None:
-    """Over embeddings and convolutions, the sum of ΔW is PEFT's, or the exact one."""
-    fields = {"target_modules": ["patches", "words", "mix.0", "mix.2"]}
-    model, _ = pair(fields)
-    lora_ops.add_adapter(model, LoraConfig(**fields, r=4, init_lora_weights=False), "second")
-    options: dict[str, Any] = {"density": 1.0} if combination_type == "ties" else {}
-    lora_ops.add_weighted_adapter(model, ["default", "second"], [0.5, 0.25], "both", combination_type, **options)
-    for name, layer in lora_layers(model):
-        assert layer.lora_A["both"].shape[1:] == layer.lora_A["default"].shape[1:], name
-        if combination_type == "cat":
-            wide = copy.deepcopy(layer).double()
-            eager, exact = (0.5 * of.delta_weight("default") + 0.25 * of.delta_weight("second") for of in (layer, wide))
-            assert compare.error(layer.delta_weight("both"), eager, exact).within_bound
-
-
-def test_weighted_adapters_with_whole_modules_are_refused() -> None:
-    model, _ = two_adapters()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="adapters must not train whole modules, got 'default', which trains in_groups"):
-        lora_ops.add_weighted_adapter(model, ["default", "second"], [0.5, 0.5], "both", "cat")
-    assert_untouched(model, before)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -166,14 +166,20 @@ def test_dora_s_norms_are_kept_where_peft_keeps_its_own(monkeypatch: pytest.Monk
     assert len(norms) == 8
 
 
-def test_hotswap(tmp_path: Path) -> None:
-    """Also after it has padded the ranks and made tensors of the scalings."""
+def ready_to_swap(path: Path) -> PeftModel:
+    """A patched model with the adapter that is saved as "a"; "b" is another one."""
     for name, r in (("a", 4), ("b", 2)):
         torch.manual_seed(r)
         config = LoraConfig(r=r, lora_alpha=3 * r, target_modules=ALL, init_lora_weights=False)
-        get_peft_model(llama(), config).save_pretrained(tmp_path / name)
-    model = patch(PeftModel.from_pretrained(llama(), tmp_path / "a")).eval()
+        get_peft_model(llama(), config).save_pretrained(path / name)
+    model = patch(PeftModel.from_pretrained(llama(), path / "a")).eval()
     prepare_model_for_compiled_hotswap(model, target_rank=6)
+    return model
+
+
+def test_hotswap(tmp_path: Path) -> None:
+    """Also after it has padded the ranks and made tensors of the scalings."""
+    model = ready_to_swap(tmp_path)
     for name in ("b", "a"):
         hotswap_adapter(model, str(tmp_path / name), adapter_name="default", torch_device="cpu")
         assert report(model).not_fused == {}
@@ -286,12 +292,7 @@ def test_compiles_without_a_graph_break(options: dict) -> None:
 
 
 def test_swapping_adapters_does_not_recompile(tmp_path: Path) -> None:
-    for name, r in (("a", 4), ("b", 2)):
-        torch.manual_seed(r)
-        config = LoraConfig(r=r, lora_alpha=3 * r, target_modules=ALL, init_lora_weights=False)
-        get_peft_model(llama(), config).save_pretrained(tmp_path / name)
-    model = patch(PeftModel.from_pretrained(llama(), tmp_path / "a")).eval()
-    prepare_model_for_compiled_hotswap(model, target_rank=6)
+    model = ready_to_swap(tmp_path)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     compiled(tokens())
     with torch._dynamo.config.patch(error_on_recompile=True):

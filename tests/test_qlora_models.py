@@ -63,6 +63,20 @@ def gradients_of(model):
     return [p.grad for p in model.parameters() if p.requires_grad]
 
 
+def assert_no_less_exact(pair):
+    """Logits and gradients of our model beside PEFT's, a new pair of them in each of several draws."""
+    logits, gradients = [], []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model, theirs = pair()
+        copy_adapters(theirs, model)
+        models = model, theirs, exact_model(model)
+        logits.append([logits_of(m) for m in models])
+        gradients += zip(*(gradients_of(m) for m in models), strict=True)
+    assert_as_exact(logits)
+    assert_as_exact(gradients)
+
+
 # --- quantised here ---------------------------------------------------------------------------------------------------
 
 
@@ -94,16 +108,12 @@ def with_dense_weights(model):
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_is_no_less_exact_than_peft_over_the_dequantised_weights(make, dtype):
     """Logits and the adapters' gradients."""
-    logits, gradients = [], []
-    for _ in range(3):
+
+    def pair():
         model = add_lora(make().to(dtype).eval(), CONFIG, quant="nf4")
-        theirs = with_peft(with_dense_weights(model), CONFIG).eval()
-        copy_adapters(theirs, model)
-        models = model, theirs, exact_model(model)
-        logits.append([logits_of(m) for m in models])
-        gradients += zip(*(gradients_of(m) for m in models), strict=True)
-    assert_as_exact(logits)
-    assert_as_exact(gradients)
+        return model, with_peft(with_dense_weights(model), CONFIG).eval()
+
+    assert_no_less_exact(pair)
 
 
 def test_trains():
@@ -229,17 +239,12 @@ def test_a_saved_4_bit_model_gives_the_same_logits_without_bitsandbytes(checkpoi
 
 def test_is_no_less_exact_than_peft_over_bitsandbytes(checkpoints):
     """Logits and the adapters' gradients, of real Linear4bit layers wrapped by PEFT and taken over by us."""
-    logits, gradients = [], []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        model = add_lora(loaded_by_bitsandbytes(checkpoints), CONFIG)
-        theirs = with_peft(loaded_by_bitsandbytes(checkpoints), CONFIG)
-        copy_adapters(theirs, model)
-        models = model, theirs, exact_model(model)
-        logits.append([logits_of(m) for m in models])
-        gradients += zip(*(gradients_of(m) for m in models), strict=True)
-    assert_as_exact(logits)
-    assert_as_exact(gradients)
+
+    def pair():
+        ours, theirs = (loaded_by_bitsandbytes(checkpoints) for _ in range(2))
+        return add_lora(ours, CONFIG), with_peft(theirs, CONFIG)
+
+    assert_no_less_exact(pair)
 
 
 def test_remove_lora_gives_linear4bit_back(checkpoints):

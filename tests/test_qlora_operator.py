@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import BF16, F16, F32, Dtypes, assert_within_bound, eager_lora, error, every_dtype, run
+from compiled import assert_compiled_is_eager, assert_one_graph_serves_all_rows
 from four_bit import exact_results, fused_qlora, make_quantised_case
 from observe import Names, bytes_beside, gradients, leaves, saved
 from torch.autograd.graph import saved_tensors_hooks
@@ -21,6 +22,8 @@ from lora_ops import lora_linear, qlora_linear, qlora_ops, quantize_nf4
 
 F64 = torch.float64
 M, K, N, r = SHAPE = (41, 96, 65, 8)
+
+pytestmark = pytest.mark.usefixtures("no_compiled_code")
 
 
 def operator_arguments(case, **options):
@@ -88,12 +91,6 @@ def test_meta_tensors_give_shapes():
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def no_compiled_code():
-    yield
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize(
     ("backend", "dtypes", "dropout_p"),
     [
@@ -104,32 +101,17 @@ def no_compiled_code():
     ids=str,
 )
 def test_compile_without_a_graph_break(backend, dtypes, dropout_p):
-    """Compiled, results and gradients are those of eager, bit for bit."""
     case = make_quantised_case(SHAPE, dtypes, bias=True, dropout_p=dropout_p)
 
     def layer(x, A, B, bias):
         return qlora_linear(x * 2, case.qweight, A, B, scaling=0.5, bias=bias, dropout_p=dropout_p, training=True)
 
-    compiled = torch.compile(layer, fullgraph=True, backend=backend)
-    for actual, expected in zip(gradients(compiled, case), gradients(layer, case), strict=True):
-        assert torch.equal(actual, expected)
+    assert_compiled_is_eager(layer, case, backend)
 
 
 def test_compile_with_shapes_that_change():
-    """One graph serves every number of rows: a second size compiles a general one, a third nothing."""
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph
-
     case = make_quantised_case(SHAPE, Dtypes(F32, F32))
-    layer = torch.compile(
-        lambda x: qlora_linear(x, case.qweight, case.lora_A, case.lora_B, scaling=0.5), fullgraph=True, backend=count
-    )
-    for rows in (3, 7, 20, 41):
-        assert layer(torch.randn(rows, K)).shape == (rows, N)
-    assert len(graphs) == 2
+    assert_one_graph_serves_all_rows(lambda x: qlora_linear(x, case.qweight, case.lora_A, case.lora_B, scaling=0.5), K, N)
 
 
 # --- autocast ---------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from low_rank_models import batch, gated, layers, mlp, plain, train, trainable
 from torch import nn
 
 import lora_ops
+from lora_ops import factors
 from lora_ops.methods import MergeAndRestart, absorb, cola, cosine_restarts, relora, reset_moments, xgblora
 
 R = 2
@@ -95,6 +96,43 @@ def test_cola_steps_ranks_down():
     assert {p for g in optimizer.param_groups for p in g["params"]} == set(trainable(model))
 
 
+@pytest.mark.parametrize("make", [relora, cola])
+def test_layers_with_a_provider_restart_too(make):
+    """Gates, a core and shared factors: outputs stay, the rank adds up, and what is shared is made anew once."""
+    model, data = gated(R), batch()
+    model[0].factors = factors.Gated(model[0].factors.pair, core=torch.randn(R, R, dtype=torch.float64))
+    shared = factors.tied_pair(16, 16, R).double()
+    for i in (2, 4):
+        model[i].factors = factors.tied_lora(nn.Linear(16, model[i].out_features), shared).double()
+    for layer in layers(model):
+        nn.init.normal_(layer.factors.pair.lora_B, std=0.3)
+    method = make(model, every=4)
+    assert len(method.paths) == 3
+    optimizer = torch.optim.AdamW(trainable(model), lr=3e-2)
+    method.attach(optimizer)
+    before, ranks = [layer.weight.clone() for layer in layers(model)], []
+    for k in range(3):
+        train(model, optimizer, data, 4, method, first=1 + 4 * k)
+        assert all(not layer.delta_weight().any() for layer in layers(model))
+        ranks.append([rank(layer.weight - W0) for layer, W0 in zip(layers(model), before, strict=True)])
+    assert ranks == [[2, 2, 2], [4, 4, 4], [6, 6, 6]]
+    train(model, optimizer, data, 1)
+    y, A = model(data[0]).detach(), shared.lora_A.detach().clone()
+    method.restart()
+    torch.testing.assert_close(model(data[0]), y)
+    assert not torch.equal(shared.lora_A, A)
+
+
+def test_a_provider_in_two_layers_is_merged_into_both():
+    model, data = gated(R), batch()
+    model[2] = lora_ops.FactoredLinear(nn.Linear(16, 16, dtype=torch.float64), model[2].factors)
+    model.insert(3, lora_ops.FactoredLinear(nn.Linear(16, 16, dtype=torch.float64), model[2].factors))
+    before = model(data[0]).detach()
+    MergeAndRestart(model, 1).restart()
+    torch.testing.assert_close(model(data[0]), before)
+    assert not model[3].factors.pair.lora_B.any()
+
+
 def test_xgblora_boosts_some_layers():
     """Rank 1 in one layer per round; the ranks of all layers together are the rounds."""
     model, data = plain(1, trained=False), batch()
@@ -116,12 +154,11 @@ def test_restarts_take_an_initialisation():
     """LoRA-GA with restarts: whatever makes an adapter anew, and the weight's offset with it."""
     model, data = plain(R), batch()
 
-    def reinit(layer, name):
-        A, B = layer.lora_A[name], layer.lora_B[name]
-        with torch.no_grad():
-            nn.init.orthogonal_(A)
-            nn.init.orthogonal_(B)
-            layer.weight = nn.Parameter(layer.weight - layer.delta_weight(name), requires_grad=False)
+    def reinit(path):
+        nn.init.orthogonal_(path.lora_A)
+        nn.init.orthogonal_(path.lora_B)
+        layer = path.layer
+        layer.weight = nn.Parameter(layer.weight - layer.delta_weight(path.adapter), requires_grad=False)
 
     before = model(data[0]).detach()
     MergeAndRestart(model, 1, reinit=reinit).restart()
@@ -141,8 +178,11 @@ def test_restarts_name_what_does_not_fit():
     for options, argument in (({"every": 0}, "every"), ({"every": 1, "sample": 4}, "sample")):
         with pytest.raises(ValueError, match=argument):
             MergeAndRestart(plain(R), **options)
-    with pytest.raises(ValueError, match="FusedLoraLinear"):
-        MergeAndRestart(gated(R), 1)
+    with pytest.raises(ValueError, match=r"ranks must be \(\) for a FactoredLinear, such as 0, got \[2\]"):
+        MergeAndRestart(gated(R), 1, ranks=[2])
+    for provider in (factors.ia3, lambda linear: factors.MixLora(linear, 4, R)):
+        with pytest.raises(ValueError, match=r"Gated without out_scale, got (Gated|MixLora) in 0"):
+            MergeAndRestart(nn.Sequential(lora_ops.FactoredLinear(nn.Linear(4, 4), provider(nn.Linear(4, 4)))), 1)
     with pytest.raises(RuntimeError, match="attach"):
         MergeAndRestart(plain(R), 1).on_step(1)
     model = mlp(torch.float32)

@@ -79,7 +79,7 @@ def arguments(**other):
 
 
 def call(x, weight, A, B, bias, panels, scaling, dropout_p):
-    return ops.forward_of_tensors(x, (weight,), A, B, bias, panels, None, scaling, dropout_p)
+    return _C.forward_of_tensors(x, (weight,), A, B, bias, panels, (0, 0, 1.0), scaling, dropout_p, 1)
 
 
 M, K, N, r = SHAPE

@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..nn.adapter import check_adapter
+from ..nn.settings import AdapterSettings
 from ..registry import method
 
 Targets = Iterable[str] | str | None
@@ -69,10 +69,11 @@ class LoraConfig:
     loftq_config: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_adapter(
+        adapter = AdapterSettings(
             self.r,
             self.lora_alpha,
             self.lora_dropout,
+            self.use_rslora,
             self.init_lora_weights,
             use_dora=self.use_dora,
             lora_bias=self.lora_bias,
@@ -80,8 +81,6 @@ class LoraConfig:
         _check_loftq(self.loftq_config, self.init_lora_weights)
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f'bias must be "none", "all" or "lora_only", got {self.bias!r}')
-        if not isinstance(self.use_rslora, bool):
-            raise TypeError(f"use_rslora must be True or False, got {self.use_rslora!r}")
         _check_targets("target_modules", self.target_modules)
         _check_targets("exclude_modules", self.exclude_modules)
         for name in ("rank_pattern", "alpha_pattern"):
@@ -90,9 +89,8 @@ class LoraConfig:
                 raise TypeError(f"{name} must be a dict of {{regular expression: value}}, got {pattern!r}")
             for key, value in pattern.items():
                 _check_regex(f"{name}'s key", key)
-                r, alpha = (value, self.lora_alpha) if name == "rank_pattern" else (self.r, value)
                 try:
-                    check_adapter(r, alpha)
+                    replace(adapter, **{"r" if name == "rank_pattern" else "lora_alpha": value})
                 except ValueError as error:
                     raise ValueError(f"{name}[{key!r}]: {error}") from None
         _check_modules_to_save(self.modules_to_save)

@@ -8,11 +8,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..nn.adapter import check_adapter_name
 from ..nn.factored import FactoredLinear
 from ..nn.frozen import FrozenWeight
 from ..nn.linear import FusedLoraLinear, is_conv1d
 from ..nn.quantized import check_quant, is_linear4bit
+from ..nn.settings import check_adapter_name
 from ..quant import NF4Weight
 from ..registry import method
 from .config import LoraConfig

@@ -7,8 +7,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..nn.adapter import check_adapter_name
 from ..nn.frozen import FrozenWeight
+from ..nn.settings import check_adapter_name
 from ..registry import method
 from .config import LoraConfig
 from .injection import lora_layers, updated_layers

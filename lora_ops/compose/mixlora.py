@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..adapters.kinds import replace_modules
 from ..registry import method
-from .mixture import load_balancing_loss
+from .experts import load_balancing_loss
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -8,9 +8,10 @@ from .bank import VBLora, VectorBank
 from .base import Factors, shape_of, widest
 from .blocks import MELora, QALora
 from .chain import DeepLora
+from .directions import combination
 from .own import aflora, asymmetric, flora, gated, ia3, trilora
 from .pair import Gated, Pair
-from .seeded import IntrinsicDimension, Nola, Theta, combination
+from .seeded import IntrinsicDimension, Nola, Theta
 from .selected import MixLora
 from .spectral import SpectralAdapter, SVDiff, sam_parser
 from .tensor_train import LorettaAdp, LorettaRep, TensorTrain

@@ -1,10 +1,8 @@
-"""What every initialisation has in common: its signature, its checks, its rounding; and the registry by name."""
+"""What every initialisation has in common: its signature, its checks, its rounding. names.py finds them by name."""
 
-import contextlib
 import functools
 import inspect
 import math
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,9 +24,8 @@ class Initial(NamedTuple):
 Initialisation = Callable[..., Initial]
 
 NEEDS = ("X", "G", "generator")
-_INITIALISATIONS: dict[str, Initialisation] = {}
-_NUMBERED = {"pissa": {"niter": "niter"}, "loftq": {"iter": "loftq_iter"}}
-_CALIBRATED = {"lora_xs"}  # and this one, which needs another kind of layer
+INITIALISATIONS: dict[str, Initialisation] = {}
+CALIBRATED: set[str] = set()  # that cannot do without data
 
 
 def initialisation(
@@ -84,43 +81,12 @@ def initialisation(
                 raise ValueError(f"{name!r} gives factors or a weight that are not finite in {dtype} and {weight.dtype}")
             return Initial(A, B, base, None if made.core is None else made.core.to(dtype))
 
-        _INITIALISATIONS[name] = init
+        INITIALISATIONS[name] = init
         if calibrated:
-            _CALIBRATED.add(name)
+            CALIBRATED.add(name)
         return init
 
     return register
-
-
-def initialisations() -> dict[str, Initialisation]:
-    """All of them, by name."""
-    return dict(_INITIALISATIONS)
-
-
-def find(name: str) -> Initialisation:
-    """The initialisation of that name; "pissa_niter_4" is "pissa" with niter=4, "loftq_iter_5" "loftq" with loftq_iter=5.
-
-    Raises:
-        ValueError: there is none.
-    """
-    plain, option, number = re.fullmatch(r"(.*?)(?:_(niter|iter)_(\d+))?", name).groups()  # type: ignore[union-attr]
-    init = _INITIALISATIONS.get(plain)
-    if init is None or option not in (None, *_NUMBERED.get(plain, ())):
-        names = ", ".join(f'"{other}"' for other in _INITIALISATIONS)
-        raise ValueError(f'init must be one of {names}, "pissa_niter_N" or "loftq_iter_N", got {name!r}')
-    return init if option is None else functools.partial(init, **{_NUMBERED[plain][option]: int(number)})
-
-
-def check_init_lora_weights(name: Any) -> None:
-    """Raises ValueError for what is no initialisation that a layer can have without data."""
-    plain = re.sub(r"_n?iter_\d+$", "", name) if isinstance(name, str) else name
-    if plain in _INITIALISATIONS and plain not in _CALIBRATED:
-        with contextlib.suppress(ValueError):
-            find(name)
-            return
-    names = ", ".join(f'"{other}"' for other in _INITIALISATIONS if other not in _CALIBRATED)
-    hint = f'; for "{plain}" see lora_ops.init' if plain in _CALIBRATED else ""
-    raise ValueError(f'init_lora_weights must be True, False, {names}, "pissa_niter_N" or "loftq_iter_N", got {name!r}{hint}')
 
 
 def split(U: Tensor, S: Tensor, Vh: Tensor, scaling: float) -> Initial:

@@ -1,9 +1,39 @@
 """Which layer gets how many bits: an exact choice under a budget."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
+
+from ..quant import quantize_nf4
+from .weighted import weighted_norm
+
+Format = tuple[int, bool]  # blocksize, double_quant
+FORMATS: list[Format] = [(blocksize, double) for blocksize in (32, 64, 128, 256, 512) for double in (False, True)]
+
+
+def choose_formats(layers: Iterable[tuple[Tensor, dict[str, Tensor]]], bits: float, quant: str) -> list[Format]:
+    """Of `FORMATS` one for each layer, so that the squared errors of all quantised weights sum up to the least that at most
+    `bits` per weight allow.
+
+    Args:
+        layers: each layer's weight (N, K), and row_w (N,) and col_w (K,) of its error, by these names, where it is weighted.
+        bits: of all layers together, on average.
+        quant: "nf4" or "fp4".
+
+    Raises:
+        ValueError: too few bits for any choice.
+    """
+    errors, sizes, elements = [], [], 0
+    for weight, by in layers:
+        W = weight.detach().float()
+        candidates = [quantize_nf4(W, *format, quant) for format in FORMATS]
+        lost = (W - Q.dequantize(torch.float32) for Q in candidates)
+        errors.append([weighted_norm(M, by.get("row_w"), by.get("col_w")) ** 2 for M in lost])
+        sizes.append([8 * Q.nbytes for Q in candidates])
+        elements += W.numel()
+    return [FORMATS[c] for c in allocate_bits(errors, sizes, int(bits * elements))]
 
 
 def allocate_bits(errors: Sequence[Sequence[float]], bits: Sequence[Sequence[int]], budget: int) -> list[int]:

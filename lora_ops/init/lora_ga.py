@@ -15,12 +15,13 @@ DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
     equation="G = ∂L/∂W0 = U S Vᵀ; A = k V[:, :r]ᵀ, B = k U[:, r:2r], k = N^¼ / √γ, W0 ← W0 − s B A, s = α / √r",
     use='init.initialize(model, "lora_ga", batches)',
     changes="ID",
-    source="Wang et al. 2024, https://arxiv.org/abs/2407.05000",
+    source="Wang et al. 2024, https://arxiv.org/abs/2407.05000; code: Outsider565/LoRA-GA",
     test="test_init_lora_ga.py::test_the_first_step_is_full_fine_tuning_s_best_of_rank_2r",
     note='PEFT\'s "lora_ga" is another initialisation (here "lora_ga_peft"): B has the singular values and A is not scaled, so '
     "that its first step is not along the gradient; its N is K in a Conv1D, and a saved adapter is read without its offset, "
-    "hence beside another weight. On digits (docs/study) it is more than twice as fast as LoRA also where each has its own "
-    "learning rate, and ends no better; other starts that are not zero are nearly as fast.",
+    "hence beside another weight. Directions, scales and norm_clip are the authors' code's, which subtracts the product of "
+    "factors that it rounds afterwards. On digits (docs/study) it is more than twice as fast as LoRA also where each has its "
+    "own learning rate, and ends no better; other starts that are not zero are nearly as fast.",
 )
 @initialisation("lora_ga", offset=True, calibrated=True)
 def lora_ga(
@@ -48,8 +49,8 @@ def lora_ga(
         G: (N, K), the gradient of the loss for the weight, of any scale.
         direction: "ArB2r" (A the first r of 2r directions, B the others), "A2rBr" (the reverse), "ArBr" (B the first,
             third, ..., A the second, ...) or "random" (2r drawn to r and r).
-        scale: "stable" (above); "gd" (k = 1 / scaling); "unit" (k = 1); "weightS" (k = the mean of √(S_W / scaling) over the
-            first r singular values S_W of the weight).
+        scale: "stable" (above); "gd" (k = 1 / scaling: the step has full fine-tuning's own length); "unit" (k = 1); "weightS"
+            (k = the mean of √(S_W / scaling) over the first r singular values S_W of the weight).
         stable_gamma: γ > 0.
         niter: of 4r directions in subspace iteration (`low_rank`). None: the exact decomposition.
         norm_clip: shrink A and B so that no element of scaling · B A is larger than the weight's largest.

@@ -11,9 +11,10 @@ from ..adapters.switching import disable_adapter
 from ..nn.linear import FusedLoraLinear
 from ..nn.quantized import check_quant
 from ..quant import NF4Weight
-from .base import find
+from .base import CALIBRATED
 from .calibrate import Loss
-from .strategies import CALIBRATED, Plan, plan
+from .names import find
+from .strategies import Plan, plan
 
 Model = TypeVar("Model", bound=nn.Module)
 

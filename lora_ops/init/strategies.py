@@ -12,13 +12,10 @@ from ..nn.own_weights import quantizes
 from ..quant import quantize_nf4
 from . import calibrate
 from .base import Initial, Initialisation
-from .bits import allocate_bits
+from .bits import choose_formats
 from .eva import IncrementalPCA, redistributed
-from .quantised import fisher_weights, weighted_norm
-
-CALIBRATED = ("lora_ga", "lora_ga_peft", "eva", "corda")  # that cannot do without batches
-# What LQ-LoRA chooses among: (blocksize, double_quant).
-FORMATS = [(blocksize, double_quant) for blocksize in (32, 64, 128, 256, 512) for double_quant in (False, True)]
+from .statistics import Covariance, Fisher, MeanGradient, MeanMagnitude
+from .weighted import fisher_weights
 
 
 @dataclass
@@ -77,8 +74,8 @@ def plan(plan: Plan, init: str, batches: Iterable[Any] | None, options: Mapping[
 
 def _of_inputs(plan: Plan, batches: Any, init: str, options: Mapping[str, Any]) -> None:
     kinds: dict[str, tuple[Any, str]] = {
-        "corda": (calibrate.Covariance, "covariance"),
-        "lqer": (calibrate.MeanMagnitude, "col_w"),
+        "corda": (Covariance, "covariance"),
+        "lqer": (MeanMagnitude, "col_w"),
     }
     gathered: dict[str, Any] = {}
     kind, option = kinds.get(init, (None, ""))
@@ -92,7 +89,7 @@ def _of_inputs(plan: Plan, batches: Any, init: str, options: Mapping[str, Any]) 
 
 
 def _of_gradients(plan: Plan, batches: Any, options: Mapping[str, Any]) -> None:
-    gathered = {name: calibrate.MeanGradient(layer.original_weight.dtype) for name, layer in plan.layers.items()}
+    gathered = {name: MeanGradient(layer.original_weight.dtype) for name, layer in plan.layers.items()}
 
     def done(name: str) -> None:
         plan.start(name, G=gathered.pop(name).total, **options)
@@ -106,7 +103,7 @@ def _of_gradients(plan: Plan, batches: Any, options: Mapping[str, Any]) -> None:
 def _lq_lora(plan: Plan, batches: Any, *, bits: float | None = None, **options: Any) -> None:
     weights: dict[str, dict[str, Any]] = {name: {} for name in plan.layers}
     if batches is not None:
-        gathered = {name: calibrate.Fisher() for name in plan.layers}
+        gathered = {name: Fisher() for name in plan.layers}
         calibrate.gather_gradients(plan.model, plan.layers, batches, gathered, lambda name: None, plan.loss)
         _check_reached([name for name, g in gathered.items() if isinstance(g.rows, float)])
         for name, g in gathered.items():
@@ -114,16 +111,9 @@ def _lq_lora(plan: Plan, batches: Any, *, bits: float | None = None, **options: 
     if bits is not None:
         if plan.quant is None:
             raise ValueError(f"bits must be None without quant, got {bits!r}")
-        errors, sizes = [], []
-        for name, layer in plan.bar(plan.layers.items(), desc="lq_lora, formats"):
-            W = layer.weight_for(plan.init).detach().float()
-            candidates = [quantize_nf4(W, *format, plan.quant) for format in FORMATS]
-            row_w, col_w = (weights[name].get(key) for key in ("row_w", "col_w"))
-            errors.append([weighted_norm(W - Q.dequantize(torch.float32), row_w, col_w) ** 2 for Q in candidates])
-            sizes.append([8 * Q.nbytes for Q in candidates])
-        elements = sum(layer.in_features * layer.out_features for layer in plan.layers.values())
-        choice = allocate_bits(errors, sizes, int(bits * elements))
-        plan.formats |= {name: FORMATS[c] for name, c in zip(plan.layers, choice, strict=True)}
+        dense = ((layer.weight_for(plan.init), weights[name]) for name, layer in plan.layers.items())
+        of_layers = plan.bar(dense, desc="lq_lora, formats", total=len(plan.layers))
+        plan.formats |= zip(plan.layers, choose_formats(of_layers, bits, plan.quant), strict=True)
     for name in plan.bar(plan.layers, desc="lq_lora, layers"):
         plan.start(name, **weights[name], **options)
 

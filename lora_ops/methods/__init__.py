@@ -1,5 +1,6 @@
 """Training methods: what happens around the optimiser's steps. Each is made of the few blocks that are here, too."""
 
+from ..optim.state import reset_moments
 from ..training import Path, TrainingMethod, low_rank_paths
 from .adaptive_rank import SoRA, adalora, dynamic_dora
 from .aflora import AFLoRA
@@ -12,13 +13,14 @@ from .importance import Importance, component_norms, gradient_magnitude, sensiti
 from .learned_gates import autolora, autolora_ranks, bilora
 from .lora_drop import lora_drop, output_energy
 from .loraprune import LoRAPrune, estimated_gradient
-from .merge_restart import MergeAndRestart, absorb, reset_moments
+from .merge_restart import MergeAndRestart, absorb
 from .o_lora import o_lora
 from .online_lora import HardBuffer, LossDetector, OnlineLoRA, output_importance
 from .pruning import Pruner, hessian_gradient, synaptic_flow
 from .ranks import drop_zero_ranks, resize_rank
 from .regularizers import (
     Regularizer,
+    binary_entropy,
     factor_variance,
     mean_magnitude,
     orthogonality,
@@ -55,6 +57,7 @@ __all__ = [
     "autolora",
     "autolora_ranks",
     "bilora",
+    "binary_entropy",
     "cola",
     "component_norms",
     "cosine_restarts",

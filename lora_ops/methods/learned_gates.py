@@ -6,7 +6,7 @@ from torch.nn.utils import parametrize
 from ..registry import method
 from ..training import TrainingMethod, low_rank_paths
 from .bilevel import Bilevel, Loss
-from .regularizers import Regularizer, orthogonality
+from .regularizers import Regularizer, binary_entropy, orthogonality
 
 
 class _Softmax(nn.Module):
@@ -19,7 +19,7 @@ GATES: dict[str, type[nn.Module] | None] = {"real": None, "softmax": _Softmax, "
 
 @method(
     "BiLoRA",
-    equation="min over Λ of L(D₂; P*, Q*, Λ), P*, Q* = argmin of L(D₁; P, Q, Λ) + γ (‖P Pᵀ - I‖, ‖Qᵀ Q - I‖)",
+    equation="min over Λ of L(D₂; P*, Q*, Λ) + γ₂ H(Λ), P*, Q* = argmin of L(D₁; P, Q, Λ) + γ₁ (‖P Pᵀ - I‖, ‖Qᵀ Q - I‖)",
     use="method = methods.bilora(model, lambda: model(x).square().mean(), lambda: model(x).abs().mean())",
     changes="PL",
     source="Qiang et al. 2024, https://arxiv.org/abs/2403.13037",
@@ -33,6 +33,7 @@ def bilora(
     gate: str = "real",
     unroll_lr: float = 0.0,
     orthogonality_weight: float = 0.1,
+    entropy_weight: float = 0.0,
 ) -> TrainingMethod:
     """The gates follow the gradient of the validation loss through one step of A and B on the training loss; A and B follow the
     training loss, which the user's backward has taken.
@@ -42,13 +43,16 @@ def bilora(
         train_loss, validation_loss: of the present batch of each half of the data, as often as they are called.
         gate: the gate is "real", or the "softmax" or "sigmoid" of what trains.
         unroll_lr: learning rate of that step of A and B; 0: alternating descent.
-        orthogonality_weight: γ.
+        orthogonality_weight: γ₁.
+        entropy_weight: γ₂ of `binary_entropy`, which makes "sigmoid" or "softmax" gates nearly 0 or 1.
 
     Raises:
-        ValueError: no gated path, or another gate.
+        ValueError: no gated path, another gate, or an entropy of gates that are "real".
     """
     if gate not in GATES:
         raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
+    if entropy_weight and gate == "real":
+        raise ValueError(f'entropy_weight must be 0 for "real" gates, which are no shares of 1, got {entropy_weight}')
     paths, transform = low_rank_paths(model, gated=True), GATES[gate]
     outer = []
     for path in paths:
@@ -57,9 +61,14 @@ def bilora(
             parametrize.register_parametrization(provider, "gate", transform())
         outer.append(provider.gate if transform is None else provider.parametrizations.gate.original)
     inner = [p for path in paths for p in (path.lora_A, path.lora_B)]
+
+    def outer_loss() -> Tensor:
+        gates = [path.gate for path in paths if path.gate is not None]
+        return validation_loss() + entropy_weight * binary_entropy(gates) if entropy_weight else validation_loss()
+
     return TrainingMethod(
         Regularizer(orthogonality_weight, lambda: orthogonality(paths)),
-        Bilevel(outer, inner, train_loss, validation_loss, unroll_lr),
+        Bilevel(outer, inner, train_loss, outer_loss, unroll_lr),
     )
 
 

@@ -1,48 +1,26 @@
 """Merge, and start anew."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from ..factors import Gated
+from ..nn.factored import FactoredLinear
 from ..nn.linear import FusedLoraLinear
+from ..optim.state import reset_moments, substitute
 from ..quant import NF4Weight
-from ..training import TrainingMethod, low_rank_paths
-from .ranks import substitute
+from ..training import Path, TrainingMethod, low_rank_paths
 
 
 @torch.no_grad()
-def reset_moments(optimizer: Optimizer, parameters: Iterable[nn.Parameter], share: float = 1.0, by: str = "random") -> None:
-    """Forgets an optimiser's state of these parameters: all of it, or a share of the elements, at "random" or those whose first
-    moment is smallest in "magnitude". The other elements keep all their moments, and the count of steps.
-
-    Raises:
-        ValueError: an argument out of its range.
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must be in [0, 1], got {share}")
-    if by not in ("random", "magnitude"):
-        raise ValueError(f'by must be "random" or "magnitude", got {by!r}')
-    for p in parameters:
-        if share == 1:
-            optimizer.state.pop(p, None)
-        state = optimizer.state[p].values() if p in optimizer.state else ()
-        moments = [t for t in state if isinstance(t, Tensor) and t.shape == p.shape]
-        if moments:  # one choice for all: a first moment without its second would be a step without bound
-            size = torch.rand_like(moments[0]) if by == "random" else moments[0].abs()
-            forgotten = size.view(-1).topk(int(share * p.numel()), largest=False).indices
-            for moment in moments:
-                moment.view(-1)[forgotten] = 0.0
-
-
-@torch.no_grad()
-def absorb(layer: FusedLoraLinear) -> None:
-    """The layer's weight becomes W0 + ΔW of the active adapters, for good, in a parameter of its own.
+def absorb(layer: FusedLoraLinear | FactoredLinear) -> None:
+    """The layer's weight becomes W0 + ΔW, of the active adapters or of the provider, for good, in a parameter of its own.
 
     Raises:
         RuntimeError: the layer is merged, or has no active adapter.
-        ValueError: the weight would not be finite.
+        ValueError: the weight would not be finite, or the factors depend on x.
         TypeError: the weight is in 4 bits, which would round ΔW away.
     """
     if isinstance(layer.weight, NF4Weight):
@@ -58,16 +36,18 @@ class MergeAndRestart(TrainingMethod):
     Needs `attach`. With LoRA-GA's initialisation as `reinit` it is LoRA-GA with restarts.
 
     Args:
-        model: `FusedLoraLinear`s with a dense weight.
+        model: `FusedLoraLinear`s, and `FactoredLinear`s whose provider is a `Gated` without out_scale, with dense weights. What
+            several layers share is merged into each of them, and made anew once.
         every: steps, >= 1.
-        reinit: makes a layer's adapter anew, called with the layer and the adapter's name. None: A random, B zero.
+        reinit: makes a path's A and B anew. By default A random, B zero.
         forget, forget_by: share of moments, see `reset_moments`.
-        ranks: of the adapters after the first, the second, ... restart; the last one stays. None: as they are.
-        sample: how many layers train between two restarts, at random. None: all.
+        ranks: of the adapters after the first, the second, ... restart; the last one stays. (): as they are, as they must be in
+            a `FactoredLinear`.
+        sample: how many paths train between two restarts, at random. None: all.
         generator: of `sample`.
 
     Raises:
-        ValueError: an argument out of its range, or no layer with LoRA.
+        ValueError: an argument out of its range, no layer with LoRA, or a provider of another kind.
         TypeError: a weight in 4 bits.
     """
 
@@ -76,7 +56,7 @@ class MergeAndRestart(TrainingMethod):
         model: nn.Module,
         every: int,
         *,
-        reinit: Callable[[FusedLoraLinear, str], None] | None = None,
+        reinit: Callable[[Path], None] = Path.reset,
         forget: float = 1.0,
         forget_by: str = "random",
         ranks: Sequence[int] = (),
@@ -89,13 +69,14 @@ class MergeAndRestart(TrainingMethod):
             raise ValueError(f"every must be >= 1, got {every}")
         if sample is not None and not 1 <= sample <= len(self.paths):
             raise ValueError(f"sample must be between 1 and {len(self.paths)} layers, got {sample}")
-        for path in self.paths:
-            if path.adapter is None:
-                raise ValueError(f"model must have FusedLoraLinears, {path.name} is a {type(path.layer).__name__}")
-            if isinstance(path.layer.weight, NF4Weight):
-                raise TypeError(f"weights must be dense: in 4 bits they cannot take a small update, as in {path.name}")
+        self.layers = _layers_of(model, self.paths)
+        for name, layer in self.layers.items():
+            if isinstance(layer.weight, NF4Weight):
+                raise TypeError(f"weights must be dense: in 4 bits they cannot take a small update, as in {name}")
+            if isinstance(layer, FactoredLinear):
+                _check_provider(name, layer.factors, ranks)
         self.every, self.forget, self.forget_by, self.ranks = every, forget, forget_by, list(ranks)
-        self.reinit = reinit or (lambda layer, name: layer.reset_lora_parameters(name))
+        self.reinit = reinit
         self.sample, self.generator = sample, generator
         self.restarts = 0
         self._choose()
@@ -108,13 +89,12 @@ class MergeAndRestart(TrainingMethod):
     def restart(self) -> None:
         """Merges now."""
         self.restarts += 1
-        for layer in dict.fromkeys(path.layer for path in self.paths):
+        for layer in self.layers.values():
             absorb(layer)
         for path in self.paths:
-            adapter = str(path.adapter)
             if self.ranks:
-                _set_rank(path.layer, adapter, self.ranks[min(self.restarts, len(self.ranks)) - 1], self.optimizer)
-            self.reinit(path.layer, adapter)
+                _set_rank(path, self.ranks[min(self.restarts, len(self.ranks)) - 1], self.optimizer)
+            self.reinit(path)
         factors = [p for path in self.paths for p in (path.lora_A, path.lora_B)]
         if self.optimizer is not None:
             reset_moments(self.optimizer, factors, self.forget, self.forget_by)
@@ -131,8 +111,27 @@ class MergeAndRestart(TrainingMethod):
                 p.requires_grad_(i in chosen)
 
 
-def _set_rank(layer: FusedLoraLinear, name: str, r: int, optimizer: Optimizer | None) -> None:
-    """New, unfilled factors of that rank."""
+def _layers_of(model: nn.Module, paths: Sequence[Path]) -> dict[str, FusedLoraLinear | FactoredLinear]:
+    """The layers of the paths, and those that have a path's A and B as well, by their names."""
+    owners = {path.pair for path in paths if path.adapter is None}
+    layers = {path.name: path.layer for path in paths}
+    for name, layer in model.named_modules():
+        if isinstance(layer, FactoredLinear) and Path(name, layer).pair in owners:
+            layers[name] = layer
+    return layers
+
+
+def _check_provider(name: str, provider: nn.Module, ranks: Sequence[int]) -> None:
+    if not isinstance(provider, Gated) or provider.out_scale is not None:
+        got = type(provider).__name__
+        raise ValueError(f"model must have FusedLoraLinears, or factors that are Gated without out_scale, got {got} in {name}")
+    if ranks:
+        raise ValueError(f"ranks must be () for a FactoredLinear, such as {name}, got {list(ranks)}")
+
+
+def _set_rank(path: Path, r: int, optimizer: Optimizer | None) -> None:
+    """New, unfilled factors of that rank, of a FusedLoraLinear."""
+    layer, name = path.layer, path.adapter
     if r == layer.r[name]:
         return
     for factors, shape in ((layer.lora_A, (r, layer.in_features)), (layer.lora_B, (layer.out_features, r))):

@@ -1,12 +1,12 @@
 """Ranks of a path that is there: removed, and added."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..optim.state import substitute
 from ..training import Path, low_rank_paths
 
 
@@ -45,17 +45,6 @@ def resize_rank(path: Path, keep: Tensor, new: int = 0, optimizer: Optimizer | N
             for key, moment in state.items():
                 if isinstance(moment, Tensor) and moment.shape == p.shape:
                     state[key] = resized(moment, torch.zeros_like(more))
-
-
-def substitute(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter) -> dict[str, Any]:
-    """Has the optimiser step `new` in the place of `old`, with its state, which is returned. Writing another shape into `old`
-    itself would not do: graphs that are alive remember the one it had."""
-    for group in optimizer.param_groups:
-        group["params"] = [new if p is old else p for p in group["params"]]
-    state = optimizer.state.pop(old, {})
-    if state:
-        optimizer.state[new] = state
-    return state
 
 
 def drop_zero_ranks(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, int]:

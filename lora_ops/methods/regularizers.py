@@ -52,6 +52,12 @@ def mean_magnitude(gates: Sequence[Tensor]) -> Tensor:
     return torch.cat([g.abs().reshape(-1) for g in gates]).mean()
 
 
+def binary_entropy(gates: Sequence[Tensor]) -> Tensor:
+    """The mean of -g log g - (1 - g) log(1 - g) over all gates' elements, in [0, 1]: zero if and only if each is 0 or 1."""
+    g = torch.cat([g.reshape(-1) for g in gates])
+    return -(torch.special.xlogy(g, g) + torch.special.xlog1py(1 - g, -g)).mean()
+
+
 def total_norm(parameters: Sequence[Tensor]) -> Tensor:
     """Σ ‖p‖, Frobenius."""
     return torch.stack([torch.linalg.vector_norm(p) for p in parameters]).sum()

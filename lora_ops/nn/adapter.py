@@ -8,12 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from ..dora import row_norms, weight_norm
 from ..quant import NF4Weight
 from ..stacking import stack
 from .frozen import FrozenWeight, adapter_dtype_for
 from .quantized import frozen_linear
+from .settings import AdapterOptions, AdapterSettings, check_adapter_name
 
 
 class NamedAdapters(FrozenWeight):
@@ -64,37 +66,22 @@ class NamedAdapters(FrozenWeight):
             raise RuntimeError("no adapter is active; call set_adapter() first")
         return self.active_adapters[0]
 
-    def add_adapter(
-        self,
-        adapter_name: str,
-        r: int = 8,
-        *,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
-        adapter_dtype: torch.dtype | None = None,
-        use_dora: bool = False,
-        lora_bias: bool = False,
-    ) -> None:
+    def add_adapter(self, adapter_name: str, r: int = 8, **options: Unpack[AdapterOptions]) -> None:
         """A new adapter of its own rank, beside the others. It is not active, and does not train, before `set_adapter`.
 
         Args:
             adapter_name: a name that the layer does not have yet.
-            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias: as of the layer's
-                first adapter.
+            r, options: as of the layer's first adapter.
 
         Raises:
             ValueError, TypeError: an argument out of its range, by name; a name that is taken.
         """
-        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype, use_dora, lora_bias)
+        settings = self._settings(r, options)
         check_adapter_name(adapter_name)
         if adapter_name in self.lora_A:
             raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}, which {self._names()} has already")
         try:
-            self._new_adapter(
-                adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias
-            )
+            self._new_adapter(adapter_name, settings)
         except BaseException:
             self._forget(adapter_name)
             raise
@@ -173,33 +160,29 @@ class NamedAdapters(FrozenWeight):
         """The weight that the adapter is added to."""
         return self.base_weight
 
-    def _new_adapter(
-        self,
-        name: str,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        use_rslora: bool,
-        init_lora_weights: bool | str,
-        adapter_dtype: torch.dtype | None,
-        use_dora: bool,
-        lora_bias: bool,
-        **initial: Any,
-    ) -> None:
-        if lora_bias and self.bias is None:
+    @classmethod
+    def _settings(cls, r: int, options: AdapterOptions) -> AdapterSettings:
+        """Of an adapter of such a layer.
+
+        Raises:
+            ValueError, TypeError: an argument out of its range, by name.
+        """
+        return AdapterSettings(r, **options)
+
+    def _new_adapter(self, name: str, settings: AdapterSettings, **initial: Any) -> None:
+        if settings.lora_bias and self.bias is None:
             warnings.warn(f'lora_bias is True for adapter "{name}" of a layer without bias: it cannot be merged', stacklevel=3)
-        dtype = adapter_dtype_for(self.weight, adapter_dtype)
-        device = self.weight.device
-        A, B = (torch.empty(shape, dtype=dtype, device=device) for shape in self._factor_shapes(r))
+        dtype, device = adapter_dtype_for(self.weight, settings.adapter_dtype), self.weight.device
+        A, B = (torch.empty(shape, dtype=dtype, device=device) for shape in self._factor_shapes(settings.r))
         self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
-        if lora_bias:
+        if settings.lora_bias:
             self.lora_B_bias[name] = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device))
-        if use_dora:  # near ‖W0‖, so that the steps of training would vanish in half precision
+        if settings.use_dora:  # near ‖W0‖, so that the steps of training would vanish in half precision
             m = torch.empty(self.out_features, dtype=torch.promote_types(dtype, torch.float32), device=device)
             self.lora_magnitude_vector[name] = nn.Parameter(m)
-        self.r[name], self.lora_dropout[name] = r, lora_dropout
-        self.set_scaling(name, lora_alpha, use_rslora)
-        self.reset_lora_parameters(name, init_lora_weights, **initial)
+        self.r[name], self.lora_dropout[name] = settings.r, settings.lora_dropout
+        self.set_scaling(name, settings.lora_alpha, settings.use_rslora)
+        self.reset_lora_parameters(name, settings.init_lora_weights, **initial)
 
     def _factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of an adapter's A and B.
@@ -352,50 +335,8 @@ class NamedAdapters(FrozenWeight):
         )
 
 
-def check_adapter(
-    r: int,
-    lora_alpha: float,
-    lora_dropout: float = 0.0,
-    init_lora_weights: bool | str = True,
-    adapter_dtype: torch.dtype | None = None,
-    use_dora: bool = False,
-    lora_bias: bool = False,
-) -> None:
-    """Raises ValueError or TypeError naming the argument that does not fit, what it is and what it may be."""
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise ValueError(f"r must be an integer >= 1, got {r!r}")
-    if not isinstance(lora_alpha, int | float) or not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
-    if not isinstance(lora_dropout, int | float) or not 0.0 <= lora_dropout < 1.0:
-        raise ValueError(f"lora_dropout must be a number in [0, 1), got {lora_dropout!r}")
-    if init_lora_weights not in (True, False, "gaussian"):
-        # Not above: lora_ops.init has functions on whole models, which need this file.
-        from ..init import check_init_lora_weights
-
-        check_init_lora_weights(init_lora_weights)
-    if adapter_dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"adapter_dtype must be float32, bfloat16, float16, float64 or None, got {adapter_dtype!r}")
-    for field, value in (("use_dora", use_dora), ("lora_bias", lora_bias)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{field} must be True or False, got {value!r}")
-    if lora_bias and use_dora:
-        raise ValueError("lora_bias must be False with use_dora, got True")
-    if lora_bias and not isinstance(init_lora_weights, bool):
-        raise ValueError(f"init_lora_weights must be True or False with lora_bias, got {init_lora_weights!r}")
-
-
 def version_of(weight: Tensor | NF4Weight) -> tuple[Any, ...]:
     """Another value after every change of the weight but one through `.data`, as long as the weight of before lives."""
     t = weight.codes if isinstance(weight, NF4Weight) else weight
     version = 0 if t.is_inference() else t._version
     return version, t.data_ptr(), t.shape, t.stride(), weight.dtype
-
-
-def check_adapter_name(adapter_name: str) -> None:
-    """Raises ValueError for what cannot be a key of an nn.ParameterDict."""
-    taken = isinstance(adapter_name, str) and hasattr(nn.ParameterDict(), adapter_name)
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or taken:
-        raise ValueError(
-            "adapter_name must be a non-empty string without a dot that is no attribute of nn.ParameterDict, "
-            f"got {adapter_name!r}"
-        )

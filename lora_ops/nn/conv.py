@@ -6,12 +6,13 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self, Unpack
 
 from ..convolution import CONVOLUTIONS, Geometry, convolve, lora_convolve
 from ..registry import method
 from ..stacking import stack
-from .adapter import check_adapter, check_adapter_name
-from .dense import DenseAdapters, check_plain
+from .dense import DenseAdapters
+from .settings import AdapterOptions, check_adapter_name
 
 
 @method(
@@ -56,11 +57,6 @@ class FusedLoraConv(DenseAdapters):
         kernel_size: int | tuple[int, ...],
         r: int = 8,
         *,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
-        adapter_dtype: torch.dtype | None = None,
         stride: int | tuple[int, ...] = 1,
         padding: int | tuple[int, ...] | str = 0,
         dilation: int | tuple[int, ...] = 1,
@@ -69,53 +65,34 @@ class FusedLoraConv(DenseAdapters):
         padding_mode: str = "zeros",
         device: Any = None,
         dtype: torch.dtype | None = None,
+        **options: Unpack[AdapterOptions],
     ) -> None:
-        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
+        settings = self._settings(r, options)
         super().__init__()
         geometry = (kernel_size, stride, padding, dilation, groups)
         conv = self.conv_class(in_channels, out_channels, *geometry, bias, padding_mode, device=device, dtype=dtype)
         check_groups(conv, r)
         self._wrap(conv)
-        self._new_adapter("default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, False, False)
+        self._new_adapter("default", settings)
         self.active_adapters = ["default"]
 
     @classmethod
     def from_conv(
-        cls,
-        conv: nn.Module,
-        r: int = 8,
-        *,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
-        adapter_dtype: torch.dtype | None = None,
-        adapter_name: str = "default",
-        use_dora: bool = False,
-        lora_bias: bool = False,
-    ) -> "FusedLoraConv":
+        cls, conv: nn.Module, r: int = 8, *, adapter_name: str = "default", **options: Unpack[AdapterOptions]
+    ) -> Self:
         """Wraps the nn.Conv of that many dimensions, sharing its weight and bias, which are frozen: nothing is copied.
 
         Raises:
             TypeError: another kind of layer.
             ValueError: an argument out of its range, by name.
         """
-        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
+        settings = cls._settings(r, options)
         check_adapter_name(adapter_name)
-        check_plain(use_dora, lora_bias)
         if not is_conv(conv) or not isinstance(conv, cls.conv_class):
             name = cls.conv_class.__name__
             raise TypeError(f"conv must be an nn.{name} with its own forward, got {type(conv).__name__}")
         check_groups(conv, r)
-        module = cls.__new__(cls)
-        nn.Module.__init__(module)
-        module._wrap(conv)
-        module._new_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, False, False
-        )
-        module.active_adapters = [adapter_name]
-        module.train(conv.training)
-        return module
+        return cls._around(conv, adapter_name, settings)
 
     def _wrap(self, conv: Any) -> None:
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels

@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Self
 
 from .adapter import NamedAdapters
+from .settings import AdapterOptions, AdapterSettings
 
 
 class DenseAdapters(NamedAdapters):
@@ -17,10 +19,25 @@ class DenseAdapters(NamedAdapters):
         self._setup_adapters()
         self._setup_weight(weight, bias)
 
-    def _new_adapter(self, *args: Any, **initial: Any) -> None:
-        *_, init_lora_weights, _, use_dora, lora_bias = args
-        check_plain(use_dora, lora_bias, init_lora_weights)
-        super()._new_adapter(*args)
+    @classmethod
+    def _settings(cls, r: int, options: AdapterOptions) -> AdapterSettings:
+        settings = AdapterSettings(r, **options)
+        check_plain(settings.use_dora, settings.lora_bias, settings.init_lora_weights)
+        return settings
+
+    @classmethod
+    def _around(cls, base: nn.Module, adapter_name: str, settings: AdapterSettings) -> Self:
+        """The layer over the base layer's own weight."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._wrap(base)
+        layer._new_adapter(adapter_name, settings)
+        layer.active_adapters = [adapter_name]
+        return layer.train(base.training)
+
+    def _wrap(self, base: Any) -> None:
+        """Takes over the base layer's weight and what else it computes with."""
+        raise NotImplementedError
 
     @property
     def _is_frozen_layer(self) -> bool:

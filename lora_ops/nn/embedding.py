@@ -5,11 +5,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self, Unpack
 
 from ..embedding import add_low_rank
 from ..registry import method
-from .adapter import check_adapter, check_adapter_name
-from .dense import DenseAdapters, check_plain
+from .dense import DenseAdapters
+from .settings import AdapterOptions, check_adapter_name
 
 
 @method(
@@ -50,11 +51,6 @@ class FusedLoraEmbedding(DenseAdapters):
         embedding_dim: int,
         r: int = 8,
         *,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
-        adapter_dtype: torch.dtype | None = None,
         padding_idx: int | None = None,
         max_norm: float | None = None,
         norm_type: float = 2.0,
@@ -62,29 +58,19 @@ class FusedLoraEmbedding(DenseAdapters):
         sparse: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        **options: Unpack[AdapterOptions],
     ) -> None:
-        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
+        settings = self._settings(r, options)
         super().__init__()
-        settings = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-        self._wrap(nn.Embedding(num_embeddings, embedding_dim, *settings, device=device, dtype=dtype))
-        self._new_adapter("default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, False, False)
+        of_ids = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        self._wrap(nn.Embedding(num_embeddings, embedding_dim, *of_ids, device=device, dtype=dtype))
+        self._new_adapter("default", settings)
         self.active_adapters = ["default"]
 
     @classmethod
     def from_embedding(
-        cls,
-        embedding: nn.Module,
-        r: int = 8,
-        *,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
-        adapter_dtype: torch.dtype | None = None,
-        adapter_name: str = "default",
-        use_dora: bool = False,
-        lora_bias: bool = False,
-    ) -> "FusedLoraEmbedding":
+        cls, embedding: nn.Module, r: int = 8, *, adapter_name: str = "default", **options: Unpack[AdapterOptions]
+    ) -> Self:
         """Wraps an `nn.Embedding`, sharing its weight, which is frozen: nothing is copied.
 
         transformers' embeddings that scale what they return (`embed_scale`: Gemma 3, BART, ...) are taken, too: the low-rank
@@ -94,20 +80,11 @@ class FusedLoraEmbedding(DenseAdapters):
             TypeError: another kind of layer.
             ValueError: an argument out of its range, by name.
         """
-        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
+        settings = cls._settings(r, options)
         check_adapter_name(adapter_name)
-        check_plain(use_dora, lora_bias)
         if not is_embedding(embedding):
             raise TypeError(f"embedding must be an nn.Embedding with its own forward, got {type(embedding).__name__}")
-        module = cls.__new__(cls)
-        nn.Module.__init__(module)
-        module._wrap(embedding)
-        module._new_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, False, False
-        )
-        module.active_adapters = [adapter_name]
-        module.train(embedding.training)
-        return module
+        return cls._around(embedding, adapter_name, settings)
 
     padding_idx: int | None
     max_norm: float | None

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from ..dora import dora_linear
 from ..functional import lora_linear, qlora_linear
@@ -11,10 +12,11 @@ from ..ops import pack_weight
 from ..quant import NF4Weight
 from ..registry import method
 from ..stacking import rank_gate
-from .adapter import check_adapter, check_adapter_name, version_of
+from .adapter import version_of
 from .frozen import FrozenWeight
 from .own_weights import OwnWeights
 from .quantized import check_quant, frozen_linear, is_linear4bit, quantised
+from .settings import AdapterOptions, check_adapter_name
 
 
 @method(
@@ -87,25 +89,17 @@ class FusedLoraLinear(OwnWeights):
         out_features: int,
         r: int = 8,
         *,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
         bias: bool = True,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        adapter_dtype: torch.dtype | None = None,
         prepack: bool = False,
-        use_dora: bool = False,
-        lora_bias: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> None:
-        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype, use_dora, lora_bias)
+        settings = self._settings(r, options)
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._setup(linear.weight, linear.bias, prepack)
-        self._new_adapter(
-            "default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias
-        )
+        self._new_adapter("default", settings)
         self.active_adapters = ["default"]
 
     @classmethod
@@ -114,18 +108,12 @@ class FusedLoraLinear(OwnWeights):
         linear: nn.Module,
         r: int = 8,
         *,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
-        adapter_dtype: torch.dtype | None = None,
         prepack: bool = False,
         adapter_name: str = "default",
         quant: str | None = None,
         blocksize: int = 64,
         double_quant: bool = True,
-        use_dora: bool = False,
-        lora_bias: bool = False,
+        **options: Unpack[AdapterOptions],
     ) -> "FusedLoraLinear":
         """Wraps an `nn.Linear` or a transformers `Conv1D`, sharing its weight and bias: nothing is copied.
 
@@ -138,6 +126,8 @@ class FusedLoraLinear(OwnWeights):
         changed. `to(dtype)` leaves codes and scales alone.
 
         Args:
+            r, options, prepack: see the class.
+            adapter_name: of the first adapter.
             quant: "nf4", "fp4" or None, which leaves the weight as it is.
             blocksize, double_quant: see `quantize_nf4`.
 
@@ -146,7 +136,7 @@ class FusedLoraLinear(OwnWeights):
             ValueError: an argument out of its range, by name; a weight that cannot be quantised because it is not finite;
                 a Linear4bit that bitsandbytes has repacked (`NF4Weight.from_params4bit`).
         """
-        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype, use_dora, lora_bias)
+        settings = cls._settings(r, options)
         check_adapter_name(adapter_name)
         check_quant(quant, blocksize)
         original, bias = weight_of(linear)
@@ -156,10 +146,7 @@ class FusedLoraLinear(OwnWeights):
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module._setup(weight, bias, prepack, fan_in_fan_out=is_conv1d(linear) and isinstance(weight, Tensor))
-        module._new_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora, lora_bias,
-            dense_weight=original if isinstance(original, Tensor) else None,
-        )  # fmt: skip
+        module._new_adapter(adapter_name, settings, dense_weight=original if isinstance(original, Tensor) else None)
         module.active_adapters = [adapter_name]
         module.train(linear.training)
         return module

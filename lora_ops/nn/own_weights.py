@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..quant import NF4Weight, quantize_nf4
-from .adapter import NamedAdapters, check_adapter
+from .adapter import NamedAdapters
 from .frozen import FrozenWeight
 from .quantized import applied, check_quant, quantised, requantise
+from .settings import AdapterSettings, check_init_lora_weights
 
 Weight = Tensor | NF4Weight
 
@@ -132,19 +133,17 @@ class OwnWeights(NamedAdapters):
         """
         self._check_names([adapter_name])
         self._check_not_merged("resize")
-        check_adapter(r, lora_alpha)
         A, trains = self.lora_A[adapter_name], self.lora_A[adapter_name].requires_grad
-        variants = self.use_dora[adapter_name], self.lora_bias[adapter_name]
-        self._new_adapter(
-            adapter_name,
+        settings = AdapterSettings(
             r,
             lora_alpha,
             self.lora_dropout[adapter_name],
             self.use_rslora[adapter_name],
-            True,
-            A.dtype,
-            *variants,
+            adapter_dtype=A.dtype,
+            use_dora=self.use_dora[adapter_name],
+            lora_bias=self.lora_bias[adapter_name],
         )
+        self._new_adapter(adapter_name, settings)
         for parameters in self.parameter_dicts:
             if adapter_name in parameters:
                 parameters[adapter_name].requires_grad_(trains)
@@ -172,7 +171,7 @@ class OwnWeights(NamedAdapters):
             self._forget_start(adapter_name)
             super().reset_lora_parameters(adapter_name, init_lora_weights)
             return
-        check_adapter(self.r[adapter_name], self.lora_alpha[adapter_name], init_lora_weights=init_lora_weights)
+        check_init_lora_weights(init_lora_weights)
         A = self.lora_A[adapter_name]
         if A.is_meta:
             return

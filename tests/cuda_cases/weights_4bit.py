@@ -20,7 +20,7 @@ from lora_ops import quantize_nf4, reference
 from lora_ops.quant import layout
 
 from .case import Case, Counts, Kernel, Results, one_of_each_row, whole
-from .dense_products import at_thresholds, of_whole_numbers, shapes, tile_of
+from .dense_numbers import at_thresholds, of_whole_numbers, shapes, tile_of
 
 
 def gemm(kernel: Kernel, device: Device) -> Iterator[Case]:
