@@ -66,6 +66,6 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf build dist *.egg-info demo_out bench_out study_out .benchmarks .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info demo_out bench_out study_out scaling_out .benchmarks .pytest_cache .mypy_cache .ruff_cache
 	rm -f lora_ops/_C*.so .venv/.installed
 	find lora_ops tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,7 +18,7 @@ from workers import Workers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-import communication  # noqa: E402
+import communication
 
 LOSS = 1e-5  # at every step, of the loss
 GRADIENT = 1e-5  # of a tensor's largest element
@@ -132,8 +132,8 @@ def test_bytes_are_the_formulas(run: Run, world: int, started: dict[int, Workers
 @every_quant
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "fsdp adapters", "tp", "pp"])
 def test_no_gradient_is_sent_but_the_adapters(layout: str, quant: str | None, started: dict[int, Workers]) -> None:
-    """Gradients are what is reduced. Under tensor parallelism activations are, too: the number of sums tells them apart, one for
-    each adapter matrix that every process has as a whole."""
+    """Gradients are what is reduced. Under tensor parallelism activations are, too: the number of sums tells them apart, one
+    for each adapter matrix that every process has as a whole."""
     result, expected = started[2].run(trained, Run(layout, quant, steps=2))[0], alone(Run("one", quant))
     adapters = sum(g.nbytes for g in expected.gradients.values())
     blocks = SIZES["num_hidden_layers"]

@@ -1,4 +1,4 @@
-"""What lora_ops.distributed does to a layer: parts that are the whole, files, copies of 4-bit weights, errors before changes."""
+"""What lora_ops.distributed does to a layer: parts that are the whole, files, 4-bit weights, errors before any change."""
 
 import re
 from pathlib import Path
@@ -226,7 +226,7 @@ def merged(**options: Any) -> nn.Module:
         (lambda: merged(quant="nf4"), r"q_proj is merged; call unmerge_lora"),
         (
             lambda: injected(llama(), quant="nf4", init_lora_weights="loftq"),
-            "q_proj has an adapter with a weight of its own: default",
+            "q_proj has an adapter with a weight of its own",
         ),
     ],
 )

@@ -1,5 +1,7 @@
 """Parts of a 4-bit weight decode to the numbers of the whole."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -28,7 +30,7 @@ def weight(N, K, **options):
 )
 def test_parts_are_the_whole(shape, dim, cuts, blocksize, double_quant, quant_type):
     whole = weight(*shape, blocksize=blocksize, double_quant=double_quant, quant_type=quant_type)
-    parts = [part(whole, dim, first, end) for first, end in zip(cuts, cuts[1:], strict=False)]
+    parts = [part(whole, dim, first, end) for first, end in itertools.pairwise(cuts)]
     for dtype in (torch.float32, torch.float64):
         assert torch.equal(torch.cat([p.dequantize(dtype) for p in parts], dim), whole.dequantize(dtype))
     assert all(p.quant_type == quant_type and p.dtype == whole.dtype for p in parts)

@@ -1,10 +1,13 @@
-"""What a training step of a Llama sends, by formula: docs/distributed.md's table. tests/test_distributed.py counts the same bytes.
+"""What a training step of a Llama sends, by formula. tests/test_distributed.py counts the bytes.
+
+    python tools/communication.py      # writes the table of docs/distributed.md anew
 
 A volume is {kind of collective: bytes of the whole}: an all-gather's output, a reduce-scatter's input, the tensor of an
 all-reduce, or what one process sends to its neighbours.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 BLOCK, GROUP, CODE = 64, 256, 256  # of 4-bit weights: weights with one scale, scales with one scale, the scales' values
 Volume = dict[str, float]
@@ -106,3 +109,36 @@ def sent(volume: Volume, processes: int) -> float:
     ring = (processes - 1) / processes
     factors = {"all_reduce": 2 * ring, "all_gather": ring, "reduce_scatter": ring, "send": 1.0}
     return sum(factors[kind] * size for kind, size in volume.items())
+
+
+# --- the page's table ---------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
+BEGIN, END = "<!-- communication:begin -->\n", "<!-- communication:end -->"
+PROCESSES, TOKENS = 8, 8192
+EXAMPLE = Llama(hidden=2048, intermediate=8192, layers=16, vocabulary=128256, kv=512)
+
+
+def table() -> str:
+    m, p = EXAMPLE, PROCESSES
+    rows: list[tuple[str, list[Volume | None]]] = [  # LoRA, QLoRA, full
+        ("DDP", [ddp(m), ddp(m), ddp(m, full=True)]),
+        ("FSDP2", [fsdp(m, p), fsdp(m, p, nf4=True), fsdp(m, p, full=True)]),
+        ("FSDP2, adapters alone", [fsdp_adapters(m), fsdp_adapters(m), None]),
+        ("TP", [tensor_parallel(m, TOKENS), tensor_parallel(m, TOKENS), tensor_parallel(m, TOKENS, full=True)]),
+        ("PP, a stage with two neighbours", [pipeline(m, TOKENS, p, 1)] * 3),
+    ]
+    lines = ["| MB that leave a process in a step | LoRA | QLoRA | full fine-tuning |", "|---|---|---|---|"]
+    for name, volumes in rows:
+        cells = ("" if volume is None else f"{sent(volume, p) / 1e6:.1f}" for volume in volumes)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(page: str) -> str:
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + table() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_table(PAGE.read_text()))

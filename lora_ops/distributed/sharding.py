@@ -40,8 +40,8 @@ class FourBitTensors(nn.Module):
 
 
 class Registered4bit(FrozenWeight):
-    """A layer whose 4-bit weight is a `FourBitTensors`. `weight` is made of it at every use: fully_shard puts other tensors there
-    before and after every call."""
+    """A layer whose 4-bit weight is a `FourBitTensors`. `weight` is made of it at every use: fully_shard puts other tensors
+    there before and after every call."""
 
     qweight: FourBitTensors
 
@@ -73,8 +73,8 @@ class Registered4bit(FrozenWeight):
 
 def register_4bit(model: Model) -> Model:
     """Makes the tensors of every layer's 4-bit weight frozen parameters, `<layer>.qweight.codes`, `.absmax`, ...: call it after
-    `add_lora` and before `fully_shard`, which then shards 4-bit weights by rows like any other parameter and gathers 4.13 bits per
-    weight. Without it they stay whole in every process, and nothing of them is ever communicated.
+    `add_lora` and before `fully_shard`, which then shards 4-bit weights by rows like any other parameter and gathers 4.13 bits
+    per weight. Without it they stay whole in every process, and nothing of them is ever communicated.
 
     A registered layer computes what it did. It cannot be merged, and its state dict has these names instead of bitsandbytes'.
 

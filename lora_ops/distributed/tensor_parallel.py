@@ -25,8 +25,8 @@ from ..quant.parts import part
 class LoraParallel(ParallelStyle):
     """What `ColwiseLora` and `RowwiseLora` have in common. Adapters are added before `parallelize_module`, never after it.
 
-    A and B become DTensors, as a dense weight and a bias do: optimisers, `clip_grad_norm_`, fully_shard on another dimension of the
-    mesh and torch.distributed.checkpoint take them as they are. A 4-bit weight is cut where it lies: each process keeps the
+    A and B become DTensors, as a dense weight and a bias do: optimisers, `clip_grad_norm_`, fully_shard on another dimension of
+    the mesh and torch.distributed.checkpoint take them as they are. A 4-bit weight is cut where it lies: each process keeps the
     codes of its own part, which decode to the very same numbers.
     """
 
@@ -68,8 +68,8 @@ class ColwiseLora(LoraParallel):
 
     Raises (in `parallelize_module`; the layer is as it was):
         TypeError: not a FusedLoraLinear.
-        ValueError: out_features is no multiple of the number of processes, the layer is merged, or an adapter has a weight of its
-            own (`lora_ops.init`); 4-bit rows that cannot be cut there.
+        ValueError: out_features is no multiple of the number of processes, the layer is merged, or an adapter has a weight of
+            its own (`lora_ops.init`); a 4-bit weight that cannot be cut there.
     """
 
     takes, gives = Replicate(), Shard(-1)

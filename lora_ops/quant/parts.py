@@ -20,8 +20,8 @@ def part(weight: "NF4Weight", dim: int, first: int, end: int) -> "NF4Weight":
     than a few thousand; otherwise the part has float32 scales, 32 / blocksize bits per weight.
 
     Raises:
-        ValueError: dim is neither 0 nor 1, the range is empty or not in the weight, or the cut falls into 32 neighbours, which no
-            block of scales can follow.
+        ValueError: dim is neither 0 nor 1, the range is empty or not in the weight, or the cut falls into 32 neighbours, which
+            no block of scales can follow.
     """
     N, K = weight.shape
     if dim not in (0, 1):
