@@ -47,6 +47,7 @@ class Run:
 class Result(NamedTuple):
     losses: list[float]  # of the global batch, step by step
     gradients: dict[str, Tensor]  # of the first step, whole
+    norm: float  # theirs; of a stage's own parameters in a pipeline
     calls: dict[str, int]  # of the last step
     bytes: dict[str, int]
     moments: dict[str, Tensor]  # Adam's second ones, at the end, whole
@@ -226,16 +227,18 @@ def trained(run: Run, beside: Callable[[nn.Module], Any] | None = None) -> Resul
     state = None if run.full else {"adapter": AdapterState(layout.model, optimizer)}
     if run.resume:
         dcp.load(state, checkpoint_id=run.resume)
-    losses, gradients = [], {}
+    losses, gradients, norm = [], {}, 0.0
     for step in range(run.done, run.done + run.steps):
         with Traffic() as traffic:
             loss = layout.loss(layout.part(batch(step)))
         losses.append(layout.mean(loss))
         if step == run.done:
             gradients = {name: whole(p.grad).clone() for name, p in parameters.items()}
+            if not run.full:
+                norm = whole(nn.utils.clip_grad_norm_(parameters.values(), 1e9)).item()
         optimizer.step()
         optimizer.zero_grad()
     if run.save:
         dcp.save(state, checkpoint_id=run.save)
     moments = {name: whole(optimizer.state[p]["exp_avg_sq"]) for name, p in parameters.items()}
-    return Result(losses, gradients, dict(traffic.calls), dict(traffic.bytes), moments)
+    return Result(losses, gradients, norm, dict(traffic.calls), dict(traffic.bytes), moments)

@@ -1,6 +1,6 @@
 """Beyond one process, on torch.distributed: what DDP, fully_shard, tensor parallelism and pipelines need beside torch.
 
-DistributedDataParallel and pipelines take the layers as they are. Needs torch 2.6 or later; docs/distributed.md says how to use
+DistributedDataParallel and pipelines take the layers as they are. Needs torch 2.7 or later; docs/distributed.md says how to use
 each, and what it sends.
 """
 
