@@ -38,6 +38,7 @@ class Run:
     quant: str | None = None
     steps: int = 4
     dtype: torch.dtype = torch.float32
+    dora: bool = False
     full: bool = False  # every weight trains, and there is no adapter
     save: str | None = None  # where to, at the end
     resume: str | None = None  # where from
@@ -56,7 +57,7 @@ class Result(NamedTuple):
 def make_model(run: Run) -> nn.Module:
     torch.manual_seed(0)
     model = llama(**SIZES).to(run.dtype)
-    return model if run.full else injected(model, run.quant, lora_alpha=8)
+    return model if run.full else injected(model, run.quant, lora_alpha=8, use_dora=run.dora)
 
 
 def batch(step: int) -> Tensor:

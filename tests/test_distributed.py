@@ -98,6 +98,17 @@ def test_two_ways_at_once(quant: str | None, together: Together) -> None:
 
 
 @every_quant
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_dora_has_the_norms_of_whole_rows(layout: str, quant: str | None, together: Together) -> None:
+    """They are kept from the first call on, of weights that come and go under fully_shard."""
+    run = Run(layout, quant, steps=2, dora=True)
+    expected = alone(run)
+    for result in together(2, run):
+        assert_losses(result.losses, expected.losses)
+        assert_tensors(result.gradients, expected.gradients)
+
+
+@every_quant
 def test_a_half_precision_base_is_sharded_beside_fp32_adapters(quant: str | None, together: Together) -> None:
     """In one all-gather, of bf16, of fp32 and of bytes. The processes do DDP's arithmetic."""
     run = Run("fsdp", quant, steps=2, dtype=torch.bfloat16)
