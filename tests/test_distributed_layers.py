@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 from workers import Workers
 
 import lora_ops
@@ -31,10 +32,10 @@ def two():
     workers.stop()
 
 
-def make_layer(**options: Any) -> FusedLoraLinear:
+def make_layer(conv1d: bool = False, **options: Any) -> FusedLoraLinear:
     """Everything of it trains that can, and does something."""
     torch.manual_seed(0)
-    layer = FusedLoraLinear.from_linear(nn.Linear(K, N), R, lora_alpha=2, **options)
+    layer = FusedLoraLinear.from_linear(Conv1D(N, K) if conv1d else nn.Linear(K, N), R, lora_alpha=2, **options)
     layer.bias.requires_grad_(True)
     for parameters in (layer.lora_B, layer.lora_B_bias):
         for p in parameters.values():
@@ -75,6 +76,7 @@ OPTIONS = {
     "lora_bias": {"lora_bias": True, "init_lora_weights": False},
     "dora": {"use_dora": True},
     "prepack": {"prepack": True},
+    "conv1d": {"conv1d": True},
 }
 
 
@@ -159,9 +161,11 @@ def sharded_state(layout: str) -> tuple[dict[str, tuple[int, ...]], list[str]]:
         parallelize_module(model, mesh, plan())
     else:
         shard(register_4bit(model), mesh)
+    model.load_state_dict(model.state_dict())
     layer, errors = model.model.layers[0].mlp.up_proj, []
     of_whole = [layer.weight.dequantize, lambda: layer.weight.to_bitsandbytes()] if layout == "fsdp" else []
-    for use in (layer.merge, *of_whole):
+    more = [lambda: layer.add_adapter("other", 4)] if layout == "tp" else []
+    for use in (layer.merge, *of_whole, *more):
         try:
             use()
         except RuntimeError as error:
@@ -183,8 +187,8 @@ def test_state_of_sharded_4bit_weights(two: Workers) -> None:
     state, errors = two.run(sharded_state, "tp")[0]
     assert [key for key in state if key.startswith(name)] == [f"{name}.lora_A.default", f"{name}.lora_B.default"]
     assert state[f"{name}.lora_B.default"] == (128, 4)
-    assert len(errors) == 1
-    assert "this one is split" in errors[0]
+    assert len(errors) == 2
+    assert "this one is split" in errors[0] and 'adapter "other" comes too late' in errors[1]
 
 
 # --- register_4bit ------------------------------------------------------------------------------------------------------
@@ -270,6 +274,7 @@ def refuse(style: str, options: dict[str, Any], shape: tuple[int, int], merge: b
         ("rows", {}, (64, 64), True, "ValueError: RowwiseLora needs a layer that is not merged"),
         ("columns", {"init_lora_weights": "pissa"}, (64, 64), False, "ValueError: ColwiseLora needs adapters beside W0"),
         ("rows", {"use_dora": True}, (64, 64), False, "ValueError: RowwiseLora cannot split DoRA"),
+        ("columns", {"quant": "nf4"}, (40, 6), False, "ValueError: rows of 40 from 3 on: the cut must fall"),
         ("rows", {"quant": "nf4"}, (96, 64), False, r"ValueError: columns \d+ to \d+ of 96: the cut must fall"),
     ],
 )

@@ -37,10 +37,11 @@ class Workers:
     def __init__(self, world: int) -> None:
         self.world = world
         self._started: list[tuple[Any, Connection]] = []
+        self._directory = tempfile.TemporaryDirectory(prefix="gloo-")
 
     def _start(self) -> None:
         _start_server()
-        store = tempfile.mktemp(prefix="gloo-")
+        store = tempfile.mktemp(dir=self._directory.name)
         for rank in range(self.world):
             here, there = CONTEXT.Pipe()
             process = CONTEXT.Process(target=_serve, args=(rank, self.world, store, there), daemon=True)

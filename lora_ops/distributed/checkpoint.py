@@ -19,7 +19,7 @@ class AdapterState(Stateful):
     parallelism, or in one process. The frozen weights are not in it: they come from where they came from.
 
     Args:
-        model: with parameters that train; may be wrapped in DistributedDataParallel.
+        model: with parameters that train; may be wrapped in DistributedDataParallel or compiled.
         optimizer: of these parameters, or None.
 
     Raises:
@@ -27,7 +27,9 @@ class AdapterState(Stateful):
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+            model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
+        self.model = model
         self.optimizer = optimizer
         if not self._parameters():
             raise ValueError("model has no parameter that trains; see add_lora")

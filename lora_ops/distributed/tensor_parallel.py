@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from ..nn.linear import FusedLoraLinear
 from ..quant import NF4Weight
-from ..quant.parts import part
+from ..quant.parts import blocksize_of_part, part
 
 
 class LoraParallel(ParallelStyle):
@@ -46,6 +46,8 @@ class LoraParallel(ParallelStyle):
             dim = self.placements["weight"].dim  # type: ignore[attr-defined]
             size = weight.shape[dim] // device_mesh.size()
             rank = device_mesh.get_local_rank()
+            if device_mesh.size() > 1:
+                blocksize_of_part(weight, dim, size, 2 * size)  # an error of one process is one of all
             module.weight = part(weight, dim, rank * size, (rank + 1) * size)
         for owner, key, placement in _parameters(module, self.placements):
             p = owner._parameters[key]
@@ -171,17 +173,26 @@ class ParallelLoraLinear(FusedLoraLinear):
             return
         seed = int(torch.randint(2**62, (), device=x.device)) + self.mesh.get_local_rank()
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-            torch.manual_seed(seed)
+            (torch.cuda.manual_seed if x.is_cuda else torch.default_generator.manual_seed)(seed)
             yield
 
     def merge(self, to: torch.dtype | None = None) -> None:
         raise RuntimeError("merge needs a whole layer, and this one is split: save the adapter and merge it elsewhere")
+
+    def _new_adapter(self, name: str, *args: Any, **initial: Any) -> None:
+        raise RuntimeError(f'adapter "{name}" comes too late: adapters are added before a layer is split')
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if isinstance(self.weight, NF4Weight):
             nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
         else:
             super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if isinstance(self.weight, NF4Weight):
+            nn.Module._load_from_state_dict(self, *args)
+        else:
+            super()._load_from_state_dict(*args)
 
 
 def _local_input(x: Tensor, mesh: DeviceMesh, style: LoraParallel) -> Tensor:

@@ -16,23 +16,15 @@ def part(weight: "NF4Weight", dim: int, first: int, end: int) -> "NF4Weight":
     """weight[first:end] (dim 0) or weight[:, first:end] (dim 1), with memory of its own: to the last bit what those are.
 
     Blocks of scales run across rows. Where a cut falls into one, the part has smaller blocks, each with the scale of the block
-    that it lies in. Double quantisation stays where the cut leaves its groups whole, as it does for rows of weights of more
-    than a few thousand; otherwise the part has float32 scales, 32 / blocksize bits per weight.
+    that it lies in. Double quantisation stays for rows that begin where one of its groups does (256 blocks), as the halves of
+    a large weight do; otherwise the part has float32 scales, 32 / blocksize bits per weight.
 
     Raises:
         ValueError: dim is neither 0 nor 1, the range is empty or not in the weight, or the cut falls into 32 neighbours, which
             no block of scales can follow.
     """
+    blocksize = blocksize_of_part(weight, dim, first, end)
     N, K = weight.shape
-    if dim not in (0, 1):
-        raise ValueError(f"dim must be 0 (rows) or 1 (columns), got {dim!r}")
-    if not 0 <= first < end <= weight.shape[dim]:
-        raise ValueError(f"first and end must be in 0...{weight.shape[dim]} and not empty, got {first} and {end}")
-    cuts = (first * K,) if dim == 0 else (first, end, K)
-    blocksize = math.gcd(weight.blocksize, *cuts)
-    if blocksize not in layout.BLOCKSIZES:
-        what = f"rows of {K} from {first} on" if dim == 0 else f"columns {first} to {end} of {K}"
-        raise ValueError(f"{what}: the cut must fall between blocks of at least {layout.BLOCKSIZES[0]} weights with one scale")
     codes = _codes(weight, dim, first, end)
     shape = (end - first, K) if dim == 0 else (N, end - first)
     start, blocks = first * K // blocksize, -(-shape[0] * shape[1] // blocksize)
@@ -50,6 +42,21 @@ def part(weight: "NF4Weight", dim: int, first: int, end: int) -> "NF4Weight":
             rows = absmax[: N * K // blocksize].view(N, K // blocksize)
             absmax = rows[:, first // blocksize : end // blocksize].reshape(-1).contiguous()
     return type(weight)(codes, absmax, *nested, shape, weight.dtype, blocksize, weight.quant_type)
+
+
+def blocksize_of_part(weight: "NF4Weight", dim: int, first: int, end: int) -> int:
+    """Of a part, which raises the same errors."""
+    K = weight.shape[1]
+    if dim not in (0, 1):
+        raise ValueError(f"dim must be 0 (rows) or 1 (columns), got {dim!r}")
+    if not 0 <= first < end <= weight.shape[dim]:
+        raise ValueError(f"first and end must be in 0...{weight.shape[dim]} and not empty, got {first} and {end}")
+    cuts = (first * K,) if dim == 0 else (first, end, K)
+    blocksize = math.gcd(weight.blocksize, *cuts)
+    if blocksize not in layout.BLOCKSIZES:
+        what = f"rows of {K} from {first} on" if dim == 0 else f"columns {first} to {end} of {K}"
+        raise ValueError(f"{what}: the cut must fall between blocks of at least {layout.BLOCKSIZES[0]} weights with one scale")
+    return blocksize
 
 
 def _codes(weight: "NF4Weight", dim: int, first: int, end: int) -> Tensor:
