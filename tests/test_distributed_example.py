@@ -65,3 +65,15 @@ def test_two_processes_are_one(options: list[str], tmp_path: Path) -> None:
     assert len(adapters[0]) == 2 * 7 * 2
     for name, t in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], t, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_code_of_the_page_runs_in_two_processes(tmp_path: Path) -> None:
+    page = (EXAMPLES.parent / "docs" / "distributed.md").read_text()
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(re.findall(r"```python\n(.*?)```", page, re.S)) + "\nprint('done', rank, stages)\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(re.findall(r"done \d \d", done.stdout)) == ["done 0 2", "done 1 2"]
