@@ -1,6 +1,6 @@
 """Training runs of a small Llama, the same in one process and in several: what test_distributed*.py compares.
 
-Every process makes the same model and the same global batches from seeds. `LAYOUTS` says how it then lies.
+Every process makes the same model and the same global batch from seeds. `LAYOUTS` says how it then lies.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,6 @@ class Run:
     full: bool = False  # every weight trains, and there is no adapter
     save: str | None = None  # where to, at the end
     resume: str | None = None  # where from
-    done: int = 0  # steps before that
 
 
 class Result(NamedTuple):
@@ -60,8 +59,9 @@ def make_model(run: Run) -> nn.Module:
     return model if run.full else injected(model, run.quant, lora_alpha=8, use_dora=run.dora)
 
 
-def batch(step: int) -> Tensor:
-    g = torch.Generator().manual_seed(step)
+def batch() -> Tensor:
+    """The global batch of every step."""
+    g = torch.Generator().manual_seed(1)
     first, by = (torch.randint(low, high, (BATCH, 1), generator=g) for low, high in ((0, 90), (1, 4)))
     return (first + by * torch.arange(LENGTH)) % VOCABULARY
 
@@ -229,11 +229,11 @@ def trained(run: Run, beside: Callable[[nn.Module], Any] | None = None) -> Resul
     if run.resume:
         dcp.load(state, checkpoint_id=run.resume)
     losses, gradients, norm = [], {}, 0.0
-    for step in range(run.done, run.done + run.steps):
+    for step in range(run.steps):
         with Traffic() as traffic:
-            loss = layout.loss(layout.part(batch(step)))
+            loss = layout.loss(layout.part(batch()))
         losses.append(layout.mean(loss))
-        if step == run.done:
+        if step == 0:
             gradients = {name: whole(p.grad).clone() for name, p in parameters.items()}
             if not run.full:
                 norm = whole(nn.utils.clip_grad_norm_(parameters.values(), 1e9)).item()

@@ -84,7 +84,7 @@ def test_several_processes_are_one(layout: str, quant: str | None, world: int, t
         if layout != "pp":
             assert result.norm == pytest.approx(expected.norm, rel=1e-5)
     assert_tensors(of_all(results), expected.gradients)
-    assert len(set(expected.losses)) == run.steps
+    assert expected.losses[-1] < 0.8 * expected.losses[0]  # the steps count
 
 
 @pytest.mark.slow
@@ -188,7 +188,7 @@ def test_resumes_at_another_world_size(
     first = Run(saved, quant, steps=2, save=str(tmp_path))
     assert_losses(together(2, first)[0].losses, expected.losses[:2])
     for world, layout in resumed:
-        rest = Run(layout, quant, steps=2, done=2, resume=str(tmp_path))
+        rest = Run(layout, quant, steps=2, resume=str(tmp_path))
         results = together(world, rest) if world > 1 else [trained(rest)]
         for result in results:
             assert_losses(result.losses, expected.losses[2:])
