@@ -1,6 +1,7 @@
 # make demo    fine-tune a 135M language model with PEFT and with lora_ops, and compare (ARGS="--quant none" passes options on)
 # make study   the methods of the LoRA family on two tasks, and what papers claim beside it (half an hour; ARGS=--short: a minute)
-# make test    the whole test suite              make bench   the benchmarks
+# make test    the test suite                    make bench   the benchmarks
+# make test-all   the test suite and what takes over ten seconds a test
 # make lint    ruff, clang-format, mypy          make clean   remove what was built and written, but not .venv's packages
 # make conformance   PEFT's own test suite, with its layers and with ours in their place
 #
@@ -17,7 +18,7 @@ export LORA_OPS_CUDA ?= 0
 BIN := .venv/bin
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: all .venv demo study test bench conformance lint clean
+.PHONY: all .venv demo study test test-all bench conformance lint clean
 .DELETE_ON_ERROR:
 
 all: .venv
@@ -43,9 +44,10 @@ demo: .venv/.installed
 	$(BIN)/python examples/finetune.py $(ARGS)
 
 # The executor of PTX compiles and runs on both cores by itself. 5: ARGS chose no test of this part.
-test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not cuda" $(ARGS) || [ $$? = 5 ]
-	$(BIN)/python -m pytest -m cuda $(ARGS) || [ $$? = 5 ]
+test: SLOW := and not slow
+test test-all: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not cuda $(SLOW)" $(ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -m "cuda $(SLOW)" $(ARGS) || [ $$? = 5 ]
 
 bench: .venv/.installed
 	$(BIN)/python -m pytest bench/ $(ARGS)
@@ -64,6 +66,6 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf build dist *.egg-info demo_out bench_out study_out .benchmarks .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info demo_out bench_out study_out scaling_out .benchmarks .pytest_cache .mypy_cache .ruff_cache
 	rm -f lora_ops/_C*.so .venv/.installed
 	find lora_ops tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,7 +5,6 @@ import io
 import pickle
 
 import numpy as np
-import peft
 import torch
 import transformers
 from compare import error
@@ -63,10 +62,14 @@ SPREAD = 0.16  # of the initial weights: with the usual 0.02 such narrow models 
 
 
 def llama(**options):
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=SPREAD, **options,
-    )  # fmt: skip
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = transformers.LlamaConfig(vocab_size=VOCABULARY, initializer_range=SPREAD, **sizes | options)
     return transformers.LlamaForCausalLM(config)
 
 
@@ -108,11 +111,15 @@ def tokens():
 
 
 def with_peft(model, config):
+    import peft  # late: it takes seconds, and processes that tests start do without
+
     return peft.get_peft_model(model, peft.LoraConfig(**vars(config)))
 
 
 def copy_adapters(peft_model, model):
     """A as PEFT has it; B, which PEFT leaves at zero, random in both."""
+    import peft
+
     layers = {name: m for name, m in peft_model.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     ours = dict(lora_layers(model))
     assert sorted(layers) == sorted(ours)

@@ -74,6 +74,9 @@ def save_adapter(
     Dtypes are kept. Both files are written beside the old ones and take their names at the end: what goes wrong before leaves
     the directory as it was.
 
+    Of a model that is sharded (fully_shard, tensor parallelism), every process must call it: the first one writes, and all of
+    them return when it has.
+
     Args:
         model: what `add_lora` was called with.
         directory: is made where it does not exist. An adapter that is not "default" goes to a folder of its name in it.
@@ -106,9 +109,13 @@ def save_adapter(
     for name in plain:
         if f"{name}.base_layer.weight" in tensors:
             tensors[f"{name}.base_layer.weight"] = original_weight(layers[name])  # type: ignore[assignment]
-    tensors = _apart({_PREFIX + name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
+    tensors = _apart({_PREFIX + name: _gathered(t.detach()).cpu().contiguous() for name, t in tensors.items()})
 
     folder = Path(directory) if adapter_name == "default" else Path(directory) / adapter_name
+    if sharded and torch.distributed.get_rank() != 0:
+        torch.distributed.barrier()
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True)
     _replace(
@@ -117,7 +124,14 @@ def save_adapter(
             folder / CONFIG: lambda path: path.write_text(text),
         }
     )
+    if sharded:
+        torch.distributed.barrier()
     return folder
+
+
+def _gathered(t: Tensor) -> Tensor:
+    """A DTensor as a whole."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: str = "default") -> Model:

@@ -106,6 +106,11 @@ def unpack_codes(packed: Tensor, K: int) -> Tensor:
 
 
 def has_kernel(t: Tensor) -> bool:
+    if hasattr(t, "full_tensor"):
+        # A DTensor is a CPU tensor without an address.
+        raise RuntimeError(
+            "a sharded weight cannot be read as a whole, got a DTensor; gather it first: unshard(), full_tensor()"
+        )
     return t.device.type == "cpu"
 
 
