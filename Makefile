@@ -3,6 +3,7 @@
 # make test    the test suite                    make bench   the benchmarks
 # make test-all   the test suite and what takes over ten seconds a test
 # make lint    ruff, clang-format, mypy          make clean   remove what was built and written, but not .venv's packages
+# make docs    the documentation site, in site/   make wheel   source distribution and wheel, tested beside several torches
 # make conformance   PEFT's own test suite, with its layers and with ours in their place
 #
 # Each makes .venv on first use. If the package index gives a torch with CUDA where none is wanted:
@@ -18,7 +19,7 @@ export LORA_OPS_CUDA ?= 0
 BIN := .venv/bin
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: all .venv demo study test test-all bench conformance lint clean
+.PHONY: all .venv demo study test test-all bench conformance docs wheel lint clean
 .DELETE_ON_ERROR:
 
 all: .venv
@@ -59,6 +60,20 @@ bench: .venv/.installed
 conformance: .venv/.conformance
 	$(BIN)/python tools/peft_conformance.py $(ARGS)
 
+.venv/.docs: .venv/.installed
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[docs]'
+	touch $@
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+.venv/.release: .venv/.installed
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[release]'
+	touch $@
+
+wheel: .venv/.release
+	$(BIN)/python tools/check_wheel.py $(ARGS)
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,6 +81,6 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf build dist *.egg-info demo_out bench_out study_out scaling_out .benchmarks .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site *.egg-info demo_out bench_out study_out scaling_out .benchmarks .pytest_cache .mypy_cache .ruff_cache
 	rm -f lora_ops/_C*.so .venv/.installed
 	find lora_ops tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +

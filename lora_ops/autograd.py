@@ -1,7 +1,8 @@
 """What all operators share: registration with torch, autograd, and when a call may do without the dispatcher."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ def check_frozen(weight: Tensor) -> None:
         )
 
 
-class Operator(NamedTuple):
+@dataclass(eq=False)  # no NamedTuple: torch.compile of torch 2.8 cannot call one
+class Operator:
     """An operator whose arguments begin with x, the `weight_args` of its weight, lora_A, lora_B, bias."""
 
     forward: Callable[..., Any]

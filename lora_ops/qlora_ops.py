@@ -84,8 +84,8 @@ def weight_of(qweight: NF4Weight) -> Weight:
 def operand_of(weight: Tensor | NF4Weight) -> tuple[list[Tensor], int, str]:
     """The tensors, blocksize and quant_type of operators that take either kind of weight: [W0], 0, "" or a 4-bit weight's."""
     if isinstance(weight, NF4Weight):
-        codes = weight_of(weight)
-        return [t for t in codes[:5] if t is not None], codes.blocksize, codes.quant_type
+        *tensors, blocksize, quant_type = weight_of(weight)  # no slice: torch.compile of torch 2.8 cannot make one
+        return [t for t in tensors if t is not None], blocksize, quant_type
     return [weight], 0, ""
 
 
@@ -98,7 +98,8 @@ def check(
         raise ValueError(f"x must be (..., K) with K >= 1, got shape {tuple(x.shape)}")
     if weight.codes.dim() != 2 or weight.codes.shape[0] < 1:
         raise ValueError(f"codes must be (N, row_bytes(K)) with N >= 1, got shape {tuple(weight.codes.shape)}")
-    layout.check_tensors(*weight[:5], (weight.codes.shape[0], x.shape[-1]), weight.blocksize)
+    codes, absmax, nested_absmax, nested_code, offset, _, _ = weight
+    layout.check_tensors(codes, absmax, nested_absmax, nested_code, offset, (codes.shape[0], x.shape[-1]), weight.blocksize)
     check_beside(x, weight.codes, lora_A, lora_B, bias, scaling, dropout_p)
 
 

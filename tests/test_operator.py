@@ -1,5 +1,6 @@
 """lora_linear as a citizen of torch: registration, compilation, export, autocast, what autograd keeps, bad input."""
 
+import dataclasses
 import re
 
 import pytest
@@ -322,7 +323,7 @@ def test_plain_tensors_do_without_the_dispatcher(monkeypatch, backward):
         dispatched = run(fused_lora, case, backward=backward)
     names = {event.name for event in profile.events()}
     assert "lora_ops::lora_forward" in names and ("lora_ops::lora_backward" in names) == backward
-    monkeypatch.setattr(ops, "lora_forward", ops.lora_forward._replace(forward=None, backward=None))
+    monkeypatch.setattr(ops, "lora_forward", dataclasses.replace(ops.lora_forward, forward=None, backward=None))
     torch.manual_seed(1)
     plain = run(fused_lora, case, backward=backward)
     assert plain.keys() == dispatched.keys()

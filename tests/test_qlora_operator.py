@@ -1,5 +1,6 @@
 """qlora_linear as a citizen of torch: registration, compilation, autocast, what autograd keeps, memory, bad input."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -302,7 +303,7 @@ def test_modes_see_the_operator_and_plain_calls_do_not_need_the_dispatcher(monke
     with Names() as names:
         seen = run(fused_qlora, case, backward=backward)
     assert "lora_ops::qlora_forward" in names.seen and ("lora_ops::qlora_backward" in names.seen) == backward
-    monkeypatch.setattr(qlora_ops, "OPERATOR", qlora_ops.OPERATOR._replace(forward=None, backward=None))
+    monkeypatch.setattr(qlora_ops, "OPERATOR", dataclasses.replace(qlora_ops.OPERATOR, forward=None, backward=None))
     plain = run(fused_qlora, case, backward=backward)
     assert plain.keys() == seen.keys()
     assert all(torch.equal(plain[name], seen[name]) for name in plain)

@@ -40,8 +40,7 @@ def merge_and_unload(model: Model, to: torch.dtype | None = None) -> Model:
     Raises:
         ValueError: the model has no LoRA, or a layer cannot be merged (`merge_lora`).
         RuntimeError: no adapter is active; some layers are merged and some are not; all are, and `to` is given.
-        TypeError: `to` is no dtype of a weight.
-        In each case the model is as it was.
+        TypeError: `to` is no dtype of a weight. The model is as it was, whatever is raised.
     """
     owners = injected_models(model)
     owned = {part for owner in owners for part in owner.modules()}

@@ -75,8 +75,7 @@ def add_lora(
         ValueError: `target_modules` matches nothing, the model has an adapter already (one at a time), a weight cannot be
             quantised, a rank is no multiple of a convolution's groups, or `modules_to_save` names what has or holds an adapter.
         TypeError: a targeted module is not a layer that can be replaced, `modules_to_save` names a mere container, or an
-            argument is of the wrong type.
-        In each case the model is as it was.
+            argument is of the wrong type. The model is as it was, whatever is raised.
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config must be a lora_ops.LoraConfig, got {type(config).__module__}.{type(config).__name__}")

@@ -26,8 +26,8 @@ def add_adapter(model: Model, config: LoraConfig, adapter_name: str, *, adapter_
 
     Raises:
         ValueError: the model has no LoRA layers, or has an adapter of that name, or a layer cannot have that rank.
-        TypeError, ValueError: `modules_to_save` names what cannot be trained beside them.
-        In each case the model is as it was.
+        TypeError, ValueError: `modules_to_save` names what cannot be trained beside them. The model is as it was, whatever is
+            raised.
     """
     layers = _layers(model)
     check_adapter_name(adapter_name)

@@ -37,7 +37,7 @@ def choose_formats(layers: Iterable[tuple[Tensor, dict[str, Tensor]]], bits: flo
 
 
 def allocate_bits(errors: Sequence[Sequence[float]], bits: Sequence[Sequence[int]], budget: int) -> list[int]:
-    """The choice c_l of a format for every layer l that minimises Σ errors[l][c_l] with Σ bits[l][c_l] <= budget: LQ-LoRA's
+    """The choice c_l of a format for every layer l that minimises `Σ errors[l][c_l]` with `Σ bits[l][c_l] <= budget`: LQ-LoRA's
     integer programme (Guo et al. 2023, https://arxiv.org/abs/2311.12023), by dynamic programming.
 
     Exact, in O(layers · formats · budget / unit) where unit is the greatest common divisor of all differences of bits.
