@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import lora_ops
+import lora_ops.distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -52,7 +53,9 @@ def test_every_public_name_is_in_the_reference_once() -> None:
     public |= {f"lora_ops.reference.{name}" for name in functions}
     names = documented()
     assert len(names) == len(set(names))
-    assert {name for name in names if ".integrations." not in name} == public
+    assert {name for name in names if ".integrations." not in name and ".distributed." not in name} == public
+    distributed = {name for name in names if ".distributed." in name}
+    assert distributed == {f"lora_ops.distributed.{name}" for name in lora_ops.distributed.__all__}
 
 
 def test_what_the_reference_names_exists_and_has_a_docstring() -> None:
