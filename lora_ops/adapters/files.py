@@ -121,7 +121,7 @@ def save_adapter(
     _replace(
         {
             folder / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-            folder / CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
+            folder / CONFIG: lambda path: path.write_text(text),  # JSON in ASCII
         }
     )
     if sharded:

@@ -72,8 +72,10 @@ def read(state: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, QuantState]:
             dtype=_dtype(fields["nested_dtype"]),
         )
         offset = fields["nested_offset"]
-        if type(offset) not in (int, float) or abs(offset) > torch.finfo(torch.float32).max:
-            raise ValueError(f"nested_offset in the quant_state must be a number in float32's range, got {offset!r}")
+        if type(offset) not in (int, float):
+            raise ValueError(f"nested_offset in the quant_state must be a number, got {offset!r}")
+        if abs(offset) > torch.finfo(torch.float32).max:
+            raise ValueError(f"offset must be finite in float32, got {offset!r}")
         quant_state.offset = torch.tensor(offset, dtype=torch.float32, device=quant_state.absmax.device)
     return tensor(""), quant_state
 
