@@ -106,7 +106,8 @@ def cpu_rules() -> list[str]:
         flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     flags += [*python_includes(), os.environ.get("CXXFLAGS", "")]
     # -s: symbols are of no use in a wheel. libgomp stays dynamic: torch's wheel brings libgomp.so.1 and the pool is shared.
-    link = ["-shared", "-fopenmp", "-s", os.environ.get("LDFLAGS", "")]
+    strip = [] if "-g" in shlex.split(os.environ.get("CXXFLAGS", "")) else ["-s"]
+    link = ["-shared", "-fopenmp", *strip, os.environ.get("LDFLAGS", "")]
     if sys.platform == "darwin":
         link += ["-undefined", "dynamic_lookup"]
     return [

@@ -4,9 +4,14 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "cpu/dispatch.h"
 #include "cpu/quantize.h"
+#include "released.h"
 
 namespace py = pybind11;
 using namespace lora_ops;
@@ -75,7 +80,24 @@ Dropout dropout(uint64_t seed, uint32_t threshold, float keep_scale) {
   return {seed, threshold, keep_scale};
 }
 
+// As Python sees it; elsewhere nobody looks for signals during a call.
+#if defined(__linux__)
+bool on_main_thread() {
+  return syscall(SYS_gettid) == getpid();
+}
+#else
+bool on_main_thread() {
+  return false;
+}
+#endif
+
 }  // namespace
+
+bool lora_ops::no_signal_raised() {
+  if (!on_main_thread()) return true;
+  py::gil_scoped_acquire acquire;
+  return PyErr_CheckSignals() == 0;
+}
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of lora_ops. Not a public interface.";
@@ -100,8 +122,7 @@ PYBIND11_MODULE(_C, m) {
                   pointer<float>(S),
                   threads};
     set_general(p, general);
-    py::gil_scoped_release release;
-    lora_forward(p);
+    released([&] { lora_forward(p); });
   });
 
   m.def("lora_backward",
@@ -127,8 +148,7 @@ PYBIND11_MODULE(_C, m) {
                          matrix(dbias),
                          threads};
           set_general(p, general);
-          py::gil_scoped_release release;
-          lora_backward(p);
+          released([&] { lora_backward(p); });
         });
 
   bind_tensor_calls(m);
@@ -156,8 +176,7 @@ PYBIND11_MODULE(_C, m) {
                         pointer<float>(S),
                         threads,
                         mixed.batch};
-          py::gil_scoped_release release;
-          lora_forward(p);
+          released([&] { lora_forward(p); });
         });
   m.def("multi_lora_backward",
         [](int64_t M, int64_t K, int64_t N, int64_t r, py::object dy, py::object x, py::object weight,
@@ -183,8 +202,7 @@ PYBIND11_MODULE(_C, m) {
                          matrix(dbias),
                          threads,
                          mixed.batch};
-          py::gil_scoped_release release;
-          lora_backward(p);
+          released([&] { lora_backward(p); });
         });
 
   m.def("packed_size", [](int64_t N, int64_t K, int x, int weight) {
@@ -192,8 +210,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("pack_weight", [](int64_t N, int64_t K, py::object weight, int x, uintptr_t panels, int threads) {
     const Matrix w = matrix(weight);
-    py::gil_scoped_release release;
-    pack_weight(w, N, K, static_cast<DType>(x), pointer<float>(panels), threads);
+    released([&] { pack_weight(w, N, K, static_cast<DType>(x), pointer<float>(panels), threads); });
   });
   m.def("dropout_mask", [](int64_t rows, int64_t cols, uint64_t seed, uint32_t threshold, uintptr_t words) {
     dropout_mask(dropout(seed, threshold, 1.f), rows, cols, pointer<uint32_t>(words));
@@ -204,24 +221,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("quantize_4bit", [](int64_t N, int64_t K, int quant_type, int64_t blocksize, uintptr_t codes, uintptr_t absmax,
                             uintptr_t weight, int dtype, int threads) {
     const FourBit w = four_bit(N, K, quant_type, blocksize, codes, absmax);
-    py::gil_scoped_release release;
-    return quantize_4bit(w, pointer<const void>(weight), static_cast<DType>(dtype), threads);
+    return released([&] { return quantize_4bit(w, pointer<const void>(weight), static_cast<DType>(dtype), threads); });
   });
   m.def("dequantize_4bit", [](int64_t N, int64_t K, int quant_type, int64_t blocksize, uintptr_t codes, uintptr_t absmax,
                               uintptr_t weight, int dtype, int threads) {
     const FourBit w = four_bit(N, K, quant_type, blocksize, codes, absmax);
-    py::gil_scoped_release release;
-    dequantize_4bit(w, pointer<void>(weight), static_cast<DType>(dtype), threads);
+    released([&] { dequantize_4bit(w, pointer<void>(weight), static_cast<DType>(dtype), threads); });
   });
   m.def("to_bitsandbytes", [](int64_t N, int64_t K, int quant_type, uintptr_t codes, uintptr_t packed, int threads) {
     const FourBit w = four_bit(N, K, quant_type, 0, codes, 0);
-    py::gil_scoped_release release;
-    to_bitsandbytes(w, pointer<uint8_t>(packed), threads);
+    released([&] { to_bitsandbytes(w, pointer<uint8_t>(packed), threads); });
   });
   m.def("from_bitsandbytes", [](int64_t N, int64_t K, int quant_type, uintptr_t codes, uintptr_t packed, int threads) {
     const FourBit w = four_bit(N, K, quant_type, 0, codes, 0);
-    py::gil_scoped_release release;
-    from_bitsandbytes(w, pointer<const uint8_t>(packed), threads);
+    released([&] { from_bitsandbytes(w, pointer<const uint8_t>(packed), threads); });
   });
 
   // The bench's bounds: run `iterations` of the widest multiply-add loop of an arithmetic (its flops are returned), or read

@@ -9,6 +9,7 @@
 #include "bindings.h"
 #include "cpu/dispatch.h"
 #include "nf4.h"
+#include "released.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -93,10 +94,7 @@ py::object forward(const py::object& x, const py::tuple& weight, const py::objec
   py::object y = tensors.new_like(x, p.N, dtype), S = tensors.new_matrix(p.M, p.r, DType::f32);
   p.y = {tensors.address(y), p.N, 1, dtype};
   p.S = static_cast<float*>(tensors.address(S));
-  {
-    py::gil_scoped_release release;
-    lora_forward(p);
-  }
+  released([&] { lora_forward(p); });
   return py::make_tuple(y, S);
 }
 
@@ -137,10 +135,7 @@ py::object backward(const py::object& dy, const py::object& x, const py::tuple& 
   if (need_dA) p.dA = {tensors.address(dA), p.K, 1, of_adapter};
   if (need_dB) p.dB = {tensors.address(dB), p.r, 1, of_adapter};
   if (need_dbias) p.dbias = {tensors.address(dbias), 0, 1, DType::f32};
-  {
-    py::gil_scoped_release release;
-    lora_backward(p);
-  }
+  released([&] { lora_backward(p); });
   return py::make_tuple(dx, dA, dB, dbias);
 }
 

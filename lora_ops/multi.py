@@ -176,7 +176,8 @@ def multi_lora_linear(
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x must be (..., K) with K = {K} as in weight {tuple(weight.shape)}, got shape {tuple(x.shape)}")
     ids = _row_ids(x, bank, adapter_ids)
-    As, Bs, scalings, ids = bank._all(ids) if torch.compiler.is_compiling() else bank._occurring(ids)
+    unread = torch.compiler.is_compiling() or ids.is_meta
+    As, Bs, scalings, ids = bank._all(ids) if unread else bank._occurring(ids)
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, bias = x.to(dtype), bias if bias is None or bias.dtype == torch.float32 else bias.to(dtype)
@@ -205,4 +206,4 @@ def _row_ids(x: Tensor, bank: AdapterBank, adapter_ids: Tensor | Sequence[str | 
     rows, given = x.shape[:-1], adapter_ids.shape
     if given != rows[: len(given)]:
         raise ValueError(f"adapter_ids must have a leading part of x's shape {tuple(rows)} without K, got shape {tuple(given)}")
-    return adapter_ids.reshape(*given, *(1,) * (len(rows) - len(given))).expand(rows).reshape(-1)
+    return adapter_ids.reshape((*given, *(1,) * (len(rows) - len(given)))).expand(rows).reshape(-1)

@@ -62,6 +62,8 @@ def matrix(t: Tensor | None) -> Matrix:
     if t is None:
         return None
     row, col = t.stride() if t.dim() == 2 else (0, t.stride(0))
+    if t.shape[-1] == 1:  # torch gives a dimension of one element any stride
+        col = 1
     return t.data_ptr(), row, col, _DTYPES[t.dtype]
 
 

@@ -11,10 +11,15 @@ drop(x) = x ∘ keep / (1 - p), and drop' is the same mask and factor. Nothing h
 """
 
 import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 _PHILOX_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -76,6 +81,21 @@ def _wide(*tensors: Tensor | None) -> list[Tensor]:
     return [t if t is None or t.dtype == torch.float64 else t.float() for t in tensors]  # type: ignore[misc]
 
 
+def _in_its_own_dtypes(fn: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Autocast has acted on an operator's arguments; it must not round what happens inside."""
+
+    @functools.wraps(fn)
+    def called(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        device = args[0].device.type  # type: ignore[attr-defined]
+        if not torch.amp.is_autocast_available(device):
+            return fn(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return fn(*args, **kwargs)
+
+    return called
+
+
+@_in_its_own_dtypes
 def lora_forward(
     x: Tensor,
     weight: Tensor,
@@ -93,6 +113,7 @@ def lora_forward(
     return y.to(x.dtype), S
 
 
+@_in_its_own_dtypes
 def lora_backward(
     dy: Tensor,
     x: Tensor | None,
@@ -137,6 +158,7 @@ def _times(a: Tensor, b: Tensor | None) -> Tensor:
     return a if b is None else a * b
 
 
+@_in_its_own_dtypes
 def lora_general_forward(
     x: Tensor,
     weight: Tensor,
@@ -165,6 +187,7 @@ def lora_general_forward(
     return y.to(x.dtype), S, z.to(lora_A.dtype)
 
 
+@_in_its_own_dtypes
 def lora_general_backward(
     dy: Tensor,
     x: Tensor | None,
@@ -223,6 +246,7 @@ def lora_general_backward(
 # --- an adapter for each row ------------------------------------------------------------------------------------------
 
 
+@_in_its_own_dtypes
 def multi_lora_forward(
     x: Tensor,
     weight: Tensor,
@@ -249,6 +273,7 @@ def multi_lora_forward(
     return y.to(x.dtype), S
 
 
+@_in_its_own_dtypes
 def multi_lora_backward(
     dy: Tensor,
     x: Tensor | None,
@@ -371,11 +396,11 @@ def _nested_bins() -> Tensor:
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Double quantisation: codes (blocks,) uint8, their nested_absmax (ceil(blocks / 256),) and offset (), both fp32.
 
-    offset = mean(absmax), by torch, whose sum of more than 32768 numbers may differ in the last bit between thread counts.
+    offset = mean(absmax), on a CPU as one thread sums it: of two equal rows torch gives none to several threads.
     absmax - offset, over its block's largest magnitude, goes to the nearest of 65536 steps and from there to the nearest
     code: not always to the nearest code, but to bitsandbytes'.
     """
-    offset = absmax.mean()
+    offset = absmax.expand(2, -1).mean(1)[0].clone() if absmax.is_cpu else absmax.mean()
     blocks = _blocks(absmax - offset, NESTED_BLOCKSIZE)
     nested_absmax = blocks.abs().amax(1)
     scaled = (blocks * (1.0 / nested_absmax)[:, None]).clamp(-1, 1)

@@ -12,7 +12,7 @@ import lora_ops
 HERE = Path(__file__).parent
 FILES = [
     "test_lora_forward.py", "test_lora_backward.py", "test_dropout.py", "test_qlora_linear.py", "test_multi_lora.py",
-    "test_general_operator.py",
+    "test_general_operator.py", "test_nonfinite.py",
 ]  # fmt: skip
 INFO = lora_ops.build_info()
 

@@ -35,7 +35,7 @@ struct V {
   static T keep(T v, uint32_t bits) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i on = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
-    return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(on, lane)));
+    return _mm256_blendv_ps(mul(v, zero()), v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(on, lane)));
   }
 
   static T load_bf16(const uint16_t* p) {

@@ -19,7 +19,7 @@ struct V {
   static T mul(T a, T b) { return _mm512_mul_ps(a, b); }
   static T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
   static void pin(T& v) { asm("" : "+v"(v)); }
-  static T keep(T v, uint32_t bits) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v); }
+  static T keep(T v, uint32_t bits) { return _mm512_mask_mul_ps(v, static_cast<__mmask16>(~bits), v, zero()); }
 
   static T load_bf16(const uint16_t* p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

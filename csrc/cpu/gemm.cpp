@@ -13,6 +13,11 @@ constexpr int64_t kFlushSteps = 256;      // blocks of the reduction are multipl
 constexpr int64_t kMostGroup = 4;         // panels that a tile of the left operand passes over while it is in L1 / L2
 constexpr int64_t kKeptSteps = 1024;      // block of the reduction in kept panels
 constexpr int64_t kLine = 64;
+#if defined(LORA_OPS_MULTIPLY_ADDS_PER_THREAD)  // tools/sanitize.py
+constexpr int64_t kPerThread = LORA_OPS_MULTIPLY_ADDS_PER_THREAD;
+#else
+constexpr int64_t kPerThread = 1 << 18;
+#endif
 
 int64_t l2_bytes() {
   static const int64_t bytes = [] {
@@ -41,7 +46,7 @@ int64_t block_rows(const Arithmetic& arithmetic, const Steps& steps) {
 }
 
 int useful_threads(int threads, int64_t multiply_adds) {
-  return static_cast<int>(std::clamp<int64_t>(multiply_adds >> 18, 1, std::max(threads, 1)));
+  return static_cast<int>(std::clamp<int64_t>(multiply_adds / kPerThread, 1, std::max(threads, 1)));
 }
 
 void pack_right(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t C, int64_t j, int vectors,

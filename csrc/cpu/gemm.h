@@ -7,14 +7,11 @@
 // read from memory once per block of M and every packed panel is used by all its rows.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
-#include <atomic>
-#include <type_traits>
 
 #include "../philox.h"
 #include "kernels.h"
+#include "threads.h"
 #include "workspace.h"
 
 namespace lora_ops {
@@ -29,38 +26,6 @@ struct Parts {
   Parts(int64_t total_, int64_t most) : total(total_), count(std::max<int64_t>(1, ceil_div(total_, most))) {}
   int64_t start(int64_t i) const { return i * (total / count) + std::min(i, total % count); }
   int64_t size(int64_t i) const { return total / count + (i < total % count ? 1 : 0); }
-};
-
-// body(thread) on every thread of a team. `sync` below separates its phases.
-template <class F>
-void parallel(int threads, const F& body) {
-#pragma omp parallel num_threads(threads)
-  body(omp_get_thread_num());
-}
-inline void sync() {
-#pragma omp barrier
-}
-
-// Work handed out in order, one index at a time. task(i, next): `next` is what the same thread will be given after i (it may
-// lie behind the end), so that its operands can be fetched meanwhile.
-class Tasks {
- public:
-  explicit Tasks(int64_t count) : count_(count) {}
-  template <class F>
-  void run(const F& task) {
-    for (int64_t i = next_++, next; i < count_; i = next) {
-      next = next_++;
-      if constexpr (std::is_invocable_v<F, int64_t, int64_t>) {
-        task(i, next);
-      } else {
-        task(i);
-      }
-    }
-  }
-
- private:
-  const int64_t count_;
-  std::atomic<int64_t> next_{0};
 };
 
 // Steps of a reduction of length R, and the floats packed over it: of one of the two vectors of a panel, and of a left tile,

@@ -38,7 +38,7 @@ struct V {
   static T fma(T a, T b, T c) { return a * b + c; }
   static void pin(T&) {}
   static T keep(T v, uint32_t bits) {
-    for (int i = 0; i < kLanes; ++i) v[i] = bits >> i & 1u ? v[i] : 0.;
+    for (int i = 0; i < kLanes; ++i) v[i] = bits >> i & 1u ? v[i] : v[i] * 0.;
     return v;
   }
 

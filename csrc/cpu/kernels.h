@@ -24,7 +24,8 @@ constexpr int kDotRows = 8;                   // most left rows of one `dot`
 constexpr int kMostDecoded = 512;             // most weights of one `decode`
 
 // Dropout's mask beside a matrix: bit c % 32 of word c / 32 of a row says that column c is kept (philox.h). The matrix's
-// column j is the mask's column `first` + j. `words` null: everything is kept.
+// column j is the mask's column `first` + j. `words` null: everything is kept. What is not is multiplied by zero, as torch's
+// dropout does: NaN and infinities show.
 struct Mask {
   const uint32_t* words = nullptr;
   int64_t row_stride = 0;

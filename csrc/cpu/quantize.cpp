@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "convert.h"
+#include "threads.h"
 
 namespace lora_ops {
 namespace {
@@ -41,9 +42,8 @@ template <DType kType>
 int64_t scales(const FourBit& w, const Stored<kType>* weight, int threads) {
   const int64_t size = w.N * w.K, count = blocks(w);
   constexpr int32_t kInfinity = 0x7f800000;
-  int64_t bad = count;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(min : bad)
-  for (int64_t b = 0; b < count; ++b) {
+  std::atomic<int64_t> first_bad{count};
+  parallel_for(threads, count, [&](int64_t b) {
     const Stored<kType>* from = weight + b * w.blocksize;
     const int64_t n = std::min(w.blocksize, size - b * w.blocksize);
     int32_t largest = 0;  // as integers, magnitudes compare as they do as numbers, and NaN is the largest
@@ -51,8 +51,11 @@ int64_t scales(const FourBit& w, const Stored<kType>* weight, int threads) {
       largest = std::max(largest, static_cast<int32_t>(bits_of(Element<kType>::load(from[i])) & 0x7fffffffu));
     }
     w.absmax[b] = float_of(static_cast<uint32_t>(largest));
-    if (largest >= kInfinity) bad = std::min(bad, b);
-  }
+    if (largest < kInfinity) return;
+    for (int64_t bad = first_bad; b < bad && !first_bad.compare_exchange_weak(bad, b);) {
+    }
+  });
+  const int64_t bad = first_bad;
   if (bad == count) return -1;
   int64_t i = bad * w.blocksize;
   while ((bits_of(Element<kType>::load(weight[i])) & 0x7fffffffu) < static_cast<uint32_t>(kInfinity)) ++i;
@@ -63,8 +66,7 @@ template <DType kType, QuantType kQuant>
 void encode(const FourBit& w, const Stored<kType>* weight, int threads) {
   static constexpr Encoder kEncoder{code_table(kQuant)};
   const int64_t size = w.N * w.K, whole = size / w.blocksize, bytes = row_bytes(w.K);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t n = 0; n < w.N; ++n) {
+  parallel_for(threads, w.N, [&](int64_t n) {
     by_chunk(w.K, [&](int64_t k, int count, int stored, int64_t byte) {
       uint8_t codes[kChunk];
       std::memset(codes, code_table(kQuant).zero, sizeof codes);
@@ -82,7 +84,7 @@ void encode(const FourBit& w, const Stored<kType>* weight, int threads) {
       });
       pack_codes(stored, codes, w.codes + n * bytes + byte);
     });
-  }
+  });
   if (whole < blocks(w)) w.absmax[whole] = std::max(w.absmax[whole], kSmallestAbsmax);
 }
 
@@ -90,8 +92,7 @@ template <DType kType, QuantType kQuant>
 void decode(const FourBit& w, Stored<kType>* weight, int threads) {
   static constexpr CodeTable kTable = code_table(kQuant);
   const int64_t bytes = row_bytes(w.K);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t n = 0; n < w.N; ++n) {
+  parallel_for(threads, w.N, [&](int64_t n) {
     by_chunk(w.K, [&](int64_t k, int count, int stored, int64_t byte) {
       uint8_t codes[kChunk];
       unpack_codes(stored, w.codes + n * bytes + byte, codes);
@@ -103,7 +104,7 @@ void decode(const FourBit& w, Stored<kType>* weight, int threads) {
         for (int i = 0; i < length; ++i) to[i] = Element<kType>::store(kTable.values[from[i]] * scale);
       });
     });
-  }
+  });
 }
 
 template <DType kType>
@@ -140,9 +141,8 @@ void dequantize_4bit(const FourBit& w, void* weight, DType dtype, int threads) {
 
 void to_bitsandbytes(const FourBit& w, uint8_t* packed, int threads) {
   const int64_t bytes = row_bytes(w.K);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t pair = 0; pair < w.N; pair += kRowPair) {
-    for (int64_t n = pair; n < std::min(pair + kRowPair, w.N); ++n) {
+  parallel_for(threads, (w.N + kRowPair - 1) / kRowPair, [&](int64_t pair) {
+    for (int64_t n = pair * kRowPair; n < std::min((pair + 1) * kRowPair, w.N); ++n) {
       by_chunk(w.K, [&](int64_t k, int count, int stored, int64_t byte) {
         uint8_t codes[kChunk];
         unpack_codes(stored, w.codes + n * bytes + byte, codes);
@@ -153,14 +153,13 @@ void to_bitsandbytes(const FourBit& w, uint8_t* packed, int threads) {
         if (i < count) *to = static_cast<uint8_t>(codes[i] << 4);
       });
     }
-  }
+  });
   if (w.N * w.K % 2 == 1) packed[w.N * w.K / 2] |= code_table(w.type).zero;
 }
 
 void from_bitsandbytes(const FourBit& w, const uint8_t* packed, int threads) {
   const int64_t bytes = row_bytes(w.K);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t n = 0; n < w.N; ++n) {
+  parallel_for(threads, w.N, [&](int64_t n) {
     by_chunk(w.K, [&](int64_t k, int count, int stored, int64_t byte) {
       uint8_t codes[kChunk];
       std::memset(codes, code_table(w.type).zero, sizeof codes);
@@ -174,7 +173,7 @@ void from_bitsandbytes(const FourBit& w, const uint8_t* packed, int threads) {
       if (i < count) codes[i] = *from >> 4;
       pack_codes(stored, codes, w.codes + n * bytes + byte);
     });
-  }
+  });
 }
 
 }  // namespace lora_ops

@@ -10,6 +10,9 @@ from ..registry import method
 
 Targets = Iterable[str] | str | None
 
+# What a field's expression stands in: a key of a pattern, one of layers_pattern, one of modules_to_save.
+_PATTERN, _IN_LAYERS, _SAVED = r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(?P<index>\d+)\.", r"(^|.*\.){}($|\..*)"
+
 
 @method(
     "Placement",
@@ -88,7 +91,7 @@ class LoraConfig:
             if not isinstance(pattern, Mapping):
                 raise TypeError(f"{name} must be a dict of {{regular expression: value}}, got {pattern!r}")
             for key, value in pattern.items():
-                _check_regex(f"{name}'s key", key)
+                _check_regex(f"{name}'s key", key, _PATTERN)
                 try:
                     replace(adapter, **{"r" if name == "rank_pattern" else "lora_alpha": value})
                 except ValueError as error:
@@ -125,7 +128,7 @@ class LoraConfig:
 
 def matches_pattern(key: str, module_name: str) -> bool:
     """Whether a key of `rank_pattern` or `alpha_pattern` speaks of the layer of that name."""
-    return re.match(rf"(.*\.)?({key})$", module_name) is not None
+    return re.match(_PATTERN.format(key), module_name) is not None
 
 
 def matches_targets(targets: Targets, module_name: str) -> bool:
@@ -146,14 +149,14 @@ def in_layers(config: LoraConfig, module_name: str) -> bool:
     if wanted is None or wanted == [] or module_name in (config.target_modules or ()):
         return True
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    regexes = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in patterns or ()] or [r".*?\.[^.]*\.(?P<index>\d+)\."]
+    regexes = [_IN_LAYERS.format(p) for p in patterns or ()] or [r".*?\.[^.]*\.(?P<index>\d+)\."]
     match = next((m for m in (re.match(regex, module_name) for regex in regexes) if m), None)
     return match is not None and int(match["index"]) in ([wanted] if isinstance(wanted, int) else wanted)
 
 
 def is_saved_whole(config: LoraConfig, module_name: str) -> bool:
     """Whether `modules_to_save` keeps adapters from the module."""
-    return any(re.match(rf"(^|.*\.){m}($|\..*)", module_name) for m in config.modules_to_save or ())
+    return any(re.match(_SAVED.format(m), module_name) for m in config.modules_to_save or ())
 
 
 def is_all_linear(targets: Targets) -> bool:
@@ -188,7 +191,7 @@ def _check_modules_to_save(names: list[str] | None) -> None:
     if not isinstance(names, list | tuple | set | frozenset) or not all(isinstance(name, str) and name for name in names):
         raise TypeError(f"modules_to_save must be a list of module names or None, got {names!r}")
     for name in names:
-        _check_regex("modules_to_save", name)
+        _check_regex("modules_to_save", name, _SAVED)
 
 
 def _check_layers(layers: list[int] | int | None, pattern: list[str] | str | None, targets: Targets) -> None:
@@ -197,7 +200,7 @@ def _check_layers(layers: list[int] | int | None, pattern: list[str] | str | Non
         raise TypeError(f"layers_to_transform must be an index, a list of indices or None, got {layers!r}")
     patterns = [pattern] if isinstance(pattern, str) else pattern or []
     for regex in patterns:
-        _check_regex("layers_pattern", regex)
+        _check_regex("layers_pattern", regex, _IN_LAYERS)
     for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
         if isinstance(targets, str) and value is not None:
             raise ValueError(f"{name} must be None where target_modules is a string, got {value!r} beside {targets!r}")
@@ -205,10 +208,11 @@ def _check_layers(layers: list[int] | int | None, pattern: list[str] | str | Non
         raise ValueError(f"layers_pattern needs layers_to_transform, which is None; got {pattern!r}")
 
 
-def _check_regex(name: str, regex: str) -> None:
+def _check_regex(name: str, regex: str, used_in: str = "{}") -> None:
     if not isinstance(regex, str):
         raise TypeError(f"{name} must be a regular expression, got {regex!r}")
     try:
-        re.compile(regex)
-    except re.error as error:
+        for expression in (regex, used_in.format(regex)):
+            re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{name} must be a regular expression, got {regex!r}: {error}") from None

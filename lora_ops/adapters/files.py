@@ -29,7 +29,7 @@ from .injection import Injection, add_lora, lora_layers, original_weight
 from .kinds import LoraLayer, check_variants, factor_names, factor_shapes
 from .starts import FOLLOW_FROM_W0, KEEP_W0, Plain, initialisation_in_file, start_of
 from .switching import add_adapter
-from .targets import targeted_modules
+from .targets import check_replaceable, targeted_modules
 from .whole_modules import ModulesToSaveWrapper, modules_to_save, whole_modules
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -121,7 +121,7 @@ def save_adapter(
     _replace(
         {
             folder / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-            folder / CONFIG: lambda path: path.write_text(text),
+            folder / CONFIG: lambda path: path.write_text(text),  # JSON in ASCII
         }
     )
     if sharded:
@@ -154,6 +154,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str], adapter_name: 
     targeted = targeted_modules(model, config)
     targets = {name: module for module, name in targeted.items()}
     try:
+        check_replaceable(model, {m: name for m, name in targeted.items() if not isinstance(m, LoraLayer)})
         whole = modules_to_save(model, config, targeted)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
@@ -305,8 +306,8 @@ def _replace(files: Mapping[Path, Callable[[Path], Any]]) -> None:
 
 def _read_config(path: Path) -> LoraConfig:
     try:
-        fields = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are of the first kind
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(fields).__name__}")
@@ -383,6 +384,9 @@ def _check_tensors(
             raise ValueError(f"{path}: {key} must be float32, bfloat16, float16 or float64, got {t.dtype}")
         if not torch.isfinite(t).all():
             raise ValueError(f"{path}: {key} has values that are not finite")
+        again = key.replace(".modules_to_save.", ".")
+        if again != key and again in tensors and not torch.equal(t, tensors[again]):
+            raise ValueError(f"{path}: {key} and {again} are one bias, and differ")
 
 
 def _adapter_dtype(tensors: Mapping[str, Tensor], targets: Mapping[str, nn.Module], *, magnitudes: bool) -> torch.dtype:

@@ -1,6 +1,6 @@
 """What an adapter is made with, whatever its layer: the keywords of every constructor, their defaults and their checks."""
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -40,7 +40,8 @@ class AdapterSettings:
     def __post_init__(self) -> None:
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ValueError(f"r must be an integer >= 1, got {self.r!r}")
-        if not isinstance(self.lora_alpha, int | float) or not math.isfinite(self.lora_alpha):
+        # What is above is an integer that no float holds.
+        if not isinstance(self.lora_alpha, int | float) or not abs(self.lora_alpha) <= sys.float_info.max:
             raise ValueError(f"lora_alpha must be a finite number, got {self.lora_alpha!r}")
         if not isinstance(self.lora_dropout, int | float) or not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must be a number in [0, 1), got {self.lora_dropout!r}")

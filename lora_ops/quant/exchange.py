@@ -74,6 +74,8 @@ def read(state: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, QuantState]:
         offset = fields["nested_offset"]
         if type(offset) not in (int, float):
             raise ValueError(f"nested_offset in the quant_state must be a number, got {offset!r}")
+        if abs(offset) > torch.finfo(torch.float32).max:
+            raise ValueError(f"offset must be finite in float32, got {offset!r}")
         quant_state.offset = torch.tensor(offset, dtype=torch.float32, device=quant_state.absmax.device)
     return tensor(""), quant_state
 
@@ -93,7 +95,7 @@ def _fields(t: Tensor) -> dict[str, Any]:
         raise TypeError(f"quant_state must be JSON in a vector of uint8, got shape {tuple(t.shape)}, {t.dtype}")
     try:
         fields = json.loads(bytes(t.tolist()))
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are of this kind
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are of the first kind
         raise ValueError(f"quant_state is no JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"quant_state must be a JSON object, got {fields!r}")
@@ -109,7 +111,8 @@ def arguments(packed: Tensor, quant_state: Any) -> dict[str, Any]:
     packed = packed.detach().as_subclass(Tensor).contiguous().view(-1).view(torch.uint8)
     if packed.numel() != (N * K + 1) // 2:
         raise ValueError(f"the packed codes of a weight {shape} must be {(N * K + 1) // 2} bytes, got {packed.numel()}")
-    if not torch.equal(quant_state.code.cpu(), reference.code_4bit(quant_type)):
+    code = quant_state.code.cpu()
+    if code.dtype != torch.float32 or not torch.equal(code, reference.code_4bit(quant_type)):
         raise ValueError(f"quant_map must be the 16 values of {quant_type} in float32, got {quant_state.code.tolist()}")
     nested = quant_state.state2
     if nested is not None and (nested.blocksize != reference.NESTED_BLOCKSIZE or nested.dtype != torch.float32):

@@ -204,8 +204,8 @@ def quantize_nf4(weight: Tensor, blocksize: int = 64, double_quant: bool = True,
         quant_type: "nf4" (NormalFloat) or "fp4" (bitsandbytes' 4-bit floats).
 
     Returns:
-        NF4Weight on weight's device. It does not depend on the number of threads, except that the mean of more than 32768
-        scales is torch's, whose last bit may.
+        NF4Weight on weight's device. It does not depend on the number of threads. (The mean of more than 32768 scales does
+        in bitsandbytes: it is what one thread computes.)
 
     Raises:
         ValueError: a weight that is not 2-D, is empty or not finite, a block size or quant_type that does not exist.
