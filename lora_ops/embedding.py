@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .functional import lora_linear
+
 
 def add_low_rank(
     y: Tensor,
@@ -13,7 +15,7 @@ def add_low_rank(
     scalings: Sequence[float | Tensor],
     embed_scale: float | Tensor | None = None,
 ) -> Tensor:
-    """y + embed_scale · Σ_i scaling_i · S_i B_iᵀ, where S_i are rows of A_iᵀ: a product for each, which adds to what is there.
+    """y + embed_scale · Σ_i scaling_i · S_i B_iᵀ, where S_i are rows of A_iᵀ.
 
     LoRA of embeddings: Hu et al. 2022 (https://arxiv.org/abs/2106.09685), in the form of its authors' loralib, where A starts
     at zero and B does not.
@@ -26,7 +28,8 @@ def add_low_rank(
         embed_scale: what the embedding multiplies its rows by, a number or a tensor of one element.
 
     Returns:
-        (..., N) in y's dtype. The sum is kept in the adapters' dtype, where that is the wider one, and rounded once.
+        (..., N) in y's dtype. The sum is kept in the adapters' dtype, where that is the wider one, and rounded once. Bits do
+        not depend on the number of threads.
     """
     wide = y.dtype
     for B in lora_Bs:
@@ -38,7 +41,8 @@ def add_low_rank(
             if embed_scale is not None:
                 S = S * (embed_scale.to(wide) if isinstance(embed_scale, Tensor) else embed_scale)
             if isinstance(scaling, Tensor):
-                total = torch.addmm(total, S * scaling, B.T)
-            else:
-                total = torch.addmm(total, S, B.T, alpha=scaling)
+                S, scaling = S * scaling, 1.0
+            # A linear layer's term where W0 is zero and A the identity: S I = S.
+            r = S.shape[1]
+            total = total + lora_linear(S, B.new_zeros(B.shape), torch.eye(r, dtype=wide, device=S.device), B, scaling=scaling)
     return total.to(y.dtype).view(y.shape)

@@ -121,15 +121,12 @@ OPS: dict[str, Callable[[], list[Tensor]]] = {
 }
 
 
-TORCH_MULTIPLIES = {"embedding"}  # whose product is torch's, and torch's bits may depend on threads
-
-
 @pytest.mark.parametrize("name", OPS)
 def test_bits_depend_on_no_number_of_threads(name: str) -> None:
     """Nor on which of several runs it is."""
     torch.set_num_threads(1)
     expected = OPS[name]()
-    for threads in (1, 1) if name in TORCH_MULTIPLIES else (1, 2, 3, 4, 7):
+    for threads in (1, 2, 3, 4, 7):
         torch.set_num_threads(threads)
         for actual, wanted in zip(OPS[name](), expected, strict=True):
             assert actual.dtype == wanted.dtype
