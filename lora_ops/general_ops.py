@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, qlora_ops, reference
-from .autograd import _below_autograd, check_frozen, dispatcher_has_no_say, library, needs_grad, register
+from .autograd import (
+    _below_autograd,
+    backward_for,
+    check_frozen,
+    check_untransformed,
+    differentiable_once,
+    dispatcher_has_no_say,
+    library,
+    needs_grad,
+    register,
+    transformed,
+)
 from .multi_ops import _codes, _dense, _for_kernel
 
 _WEIGHT = "Tensor[] weight, int blocksize, str quant_type, Tensor lora_A, Tensor lora_B"
@@ -202,12 +213,13 @@ class _General(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _dS, _dz):  # type: ignore[no-untyped-def]
         if torch.is_grad_enabled():
-            raise RuntimeError("lora_linear is differentiable once: its backward has no derivative (create_graph=True)")
+            raise differentiable_once("lora_linear")
         if dy is None:
             return (None,) * 14
         x, lora_A, lora_B, gate, core, out_scale, S, z, seed, *weight = ctx.saved_tensors
         factors = gate, core, out_scale, S, z, seed
-        backward = _backward_cpu if dispatcher_has_no_say((dy, x, *weight, lora_A, lora_B, *factors)) else _BACKWARD
+        tensors = dy, x, *weight, lora_A, lora_B, *factors
+        backward = backward_for(tensors, _BACKWARD, _backward_cpu, backward_reference)
         grads = backward(dy, x, weight, *ctx.read_by, lora_A, lora_B, *factors, *ctx.settings, *ctx.need)
         wanted = zip(grads, ctx.dtypes, ctx.need, strict=True)
         return *(None,) * 5, *(grad.to(dtype) if need else None for grad, dtype, need in wanted), None, None
@@ -217,6 +229,7 @@ def _autograd(  # type: ignore[no-untyped-def]
     keyset, x, weight, blocksize, quant_type, lora_A, lora_B, bias, gate, core, out_scale, panels, seed, scaling, dropout_p,
     keep_z,
 ):  # fmt: skip
+    check_untransformed("lora_general_forward")
     tensors = x, lora_A, lora_B, bias, gate, core, out_scale
     if needs_grad((*tensors, *weight)):
         for t in weight:
@@ -234,4 +247,6 @@ library.impl("lora_general_forward", _autograd, "Autograd", with_keyset=True)
 
 def lora_general_forward(x, weight, *args):  # type: ignore[no-untyped-def]
     """torch.ops.lora_ops.lora_general_forward; without the dispatcher where it has no say."""
-    return _autograd(None, x, weight, *args) if dispatcher_has_no_say((x, *weight, *args)) else _FORWARD(x, weight, *args)
+    if dispatcher_has_no_say((x, *weight, *args)):
+        return _autograd(None, x, weight, *args)
+    return (forward_reference if transformed() else _FORWARD)(x, weight, *args)

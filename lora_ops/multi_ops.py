@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from . import _C, checks, ops, qlora_ops, reference
-from .autograd import _below_autograd, check_frozen, library, plain_call, register
+from .autograd import (
+    _below_autograd,
+    backward_for,
+    check_frozen,
+    check_untransformed,
+    differentiable_once,
+    library,
+    plain_call,
+    register,
+    transformed,
+)
 
 _ARGUMENTS = (
     "Tensor[] weight, int K, int blocksize, str quant_type, Tensor[] lora_A, Tensor[] lora_B, Tensor scalings, "
@@ -220,14 +230,15 @@ class _MultiLora(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _dS):  # type: ignore[no-untyped-def]
         if torch.is_grad_enabled():
-            raise RuntimeError("multi_lora_linear is differentiable once: its backward has no derivative (create_graph=True)")
+            raise differentiable_once("multi_lora_linear")
         nothing = [None] * len(ctx.needs_input_grad)
         if dy is None:
             return tuple(nothing)
         x, S, seed, scalings, adapter_ids, *rest = ctx.saved_tensors
         weight, adapters = rest[: ctx.weights], rest[ctx.weights :]
         As, Bs = adapters[: ctx.n], adapters[ctx.n :]
-        dx, dA, dB, dbias = _BACKWARD(
+        backward = backward_for((dy,), _BACKWARD, _BACKWARD, backward_reference)
+        dx, dA, dB, dbias = backward(
             dy, x, weight, *ctx.constants, As, Bs, scalings, adapter_ids, S, seed, ctx.dropout_p, *ctx.need
         )
         gradients = (dx, dbias.to(ctx.bias_dtype), *dA, *dB)
@@ -236,6 +247,7 @@ class _MultiLora(torch.autograd.Function):
 
 
 def _autograd(keyset, x, weight, K, blocksize, quant_type, As, Bs, scalings, adapter_ids, bias, seed, dropout_p):  # type: ignore[no-untyped-def]
+    check_untransformed("multi_lora_forward")
     constants = K, blocksize, quant_type
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, bias, *weight, *As, *Bs):
         for t in weight:
@@ -252,5 +264,5 @@ library.impl("multi_lora_forward", _autograd, "Autograd", with_keyset=True)
 def multi_lora_forward(x, weight, K, blocksize, quant_type, As, Bs, scalings, adapter_ids, bias, seed, dropout_p):  # type: ignore[no-untyped-def]
     """torch.ops.lora_ops.multi_lora_forward; without the dispatcher where it has no say."""
     plain = plain_call((x, *weight, *As, *Bs, bias, seed))
-    call = _forward_cpu if plain else _FORWARD
+    call = _forward_cpu if plain else forward_reference if transformed() else _FORWARD
     return call(x, weight, K, blocksize, quant_type, As, Bs, scalings, adapter_ids, bias, seed, dropout_p)

@@ -272,7 +272,9 @@ def fake_gradients(
 
 _FORWARD = register("lora_forward", _lora_forward_cpu, forward_reference, _lora_forward_fake)
 _BACKWARD = register("lora_backward", _lora_backward_cpu, backward_reference, _lora_backward_fake)
-lora_forward = Operator(_FORWARD, _BACKWARD, 1, {False: (_lora_forward_cpu, _lora_backward_cpu)})
+lora_forward = Operator(
+    _FORWARD, _BACKWARD, 1, {False: (_lora_forward_cpu, _lora_backward_cpu)}, (forward_reference, backward_reference)
+)
 register_autograd("lora_forward", lora_forward)
 
 

@@ -192,7 +192,9 @@ def _backward_fake(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-unty
 
 _FORWARD = register("qlora_forward", _forward_cpu, forward_reference, _forward_fake)
 _BACKWARD = register("qlora_backward", _backward_cpu, backward_reference, _backward_fake)
-OPERATOR = Operator(_FORWARD, _BACKWARD, 7, {False: (_forward_of_checked, _backward_cpu)})
+OPERATOR = Operator(
+    _FORWARD, _BACKWARD, 7, {False: (_forward_of_checked, _backward_cpu)}, (forward_reference, backward_reference)
+)
 register_autograd("qlora_forward", OPERATOR)
 
 

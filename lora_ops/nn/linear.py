@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from ..autograd import transformed
 from ..dora import dora_linear
 from ..functional import lora_linear, qlora_linear
 from ..ops import pack_weight
@@ -196,8 +197,8 @@ class FusedLoraLinear(OwnWeights):
 
     def _packed(self, w: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The kept panels, made anew when the weight's version or storage has changed. A compiled graph, which could not
-        notice that, reads the weight itself."""
-        if torch.compiler.is_compiling():
+        notice that, reads the weight itself, and so do torch.func's transforms."""
+        if torch.compiler.is_compiling() or transformed():
             return None
         if torch.is_autocast_enabled(w.device.type):
             dtype = torch.get_autocast_dtype(w.device.type)

@@ -9,9 +9,11 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
+from ...autograd import transformed
 from ...dora import dora_linear, row_norms, weight_norm
 from ...functional import lora_linear, qlora_linear
 from ...multi import AdapterBank, multi_lora_linear
+from ...nn.adapter import version_of
 from ...nn.linear import is_conv1d
 from ...nn.quantized import is_linear4bit
 from ...quant import NF4Weight
@@ -238,10 +240,12 @@ def bias_of(layer: Layer, names: list[str]) -> Tensor | None:
 def quantised_weight(layer: Layer) -> NF4Weight:
     """The Linear4bit's weight as the kernels read it: a second copy of its codes, which lies beside the layer's state."""
     weight = layer.base_layer.weight
-    state = (weight.data_ptr(), weight._version, id(weight.quant_state))
+    state = (*version_of(weight), id(weight.quant_state))
     kept = layer.__dict__.get("_lora_ops_weight")
     if kept is None or kept[0] != state:
-        kept = layer.__dict__["_lora_ops_weight"] = (state, NF4Weight.from_params4bit(weight), weight.quant_state)
+        with torch.inference_mode(False):  # what is kept is there for training, too
+            codes = NF4Weight.from_params4bit(weight)
+        kept = layer.__dict__["_lora_ops_weight"] = (state, codes, weight.quant_state)
         layer.__dict__.pop("_lora_ops_norms", None)
     return kept[1]
 
@@ -249,7 +253,7 @@ def quantised_weight(layer: Layer) -> NF4Weight:
 def _kept_norm(layer: Layer, vector: Any, name: str, norm: Callable[[], Tensor]) -> Tensor:
     """An adapter's ‖W0 + ΔW‖. As in PEFT it is kept in eval mode, inside `peft.helpers.DoraCaching`, and with PEFT's forgotten:
     nothing shows that an adapter has changed, since much writes into `.data`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transformed():
         return norm()
     if not peft_dora.ENABLE_DORA_CACHING or layer.training:
         vector._cache_clear()
@@ -264,10 +268,10 @@ def _kept_norm(layer: Layer, vector: Any, name: str, norm: Callable[[], Tensor])
 
 def _row_norms(layer: Layer, weight: Tensor | NF4Weight) -> Tensor:
     """`row_norms`, kept as long as the weight is the same."""
-    state = (id(weight),) if isinstance(weight, NF4Weight) else (weight.data_ptr(), weight._version, weight.dtype)
-    kept = layer.__dict__.get("_lora_ops_norms")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transformed():
         return row_norms(weight)
+    state = (id(weight),) if isinstance(weight, NF4Weight) else version_of(weight)
+    kept = layer.__dict__.get("_lora_ops_norms")
     if kept is None or kept[0] != state:
         kept = layer.__dict__["_lora_ops_norms"] = (state, row_norms(weight))
     return kept[1]
