@@ -85,7 +85,7 @@ def _multi_forward(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings
 def _multi_backward(  # type: ignore[no-untyped-def]
     dy, x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, *args, **_
 ) -> int:
-    *_, need_dx, need_dA, need_dB, _ = args
+    need_dx, need_dA, need_dB, _need_dbias = args[-4:]
     N, rows = weight[0].shape[0], _rows_of_adapters(adapter_ids, lora_A)
     total = 2 * need_dx * (adapter_ids.numel() - sum(rows)) * N * K  # of rows without an adapter
     for n, A, B, dA, dB in zip(rows, lora_A, lora_B, need_dA, need_dB, strict=True):
