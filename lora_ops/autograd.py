@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import log
+
 library = torch.library.Library("lora_ops", "DEF")
 
 
@@ -108,8 +110,8 @@ def _below_autograd(op, keyset, *args):  # type: ignore[no-untyped-def]
 
 def register(name: str, cpu: Callable[..., Any], fallback: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """An operator that `library` defines, without its autograd."""
-    library.impl(name, cpu, "CPU")
-    library.impl(name, fallback, "CompositeExplicitAutograd")
+    library.impl(name, log.watched(name, cpu, log.DISPATCHED), "CPU")
+    library.impl(name, log.watched(name, fallback, log.DISPATCHED), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lora_ops::{name}", fake, lib=library)
     return getattr(torch.ops.lora_ops, name).default
 

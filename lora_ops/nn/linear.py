@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from .. import log
 from ..autograd import transformed
 from ..dora import dora_linear
 from ..functional import lora_linear, qlora_linear
@@ -166,6 +167,8 @@ class FusedLoraLinear(OwnWeights):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged or self.adapters_disabled or not self.active_adapters:
+            if log.ON:
+                log.say("the weight alone, since " + ("it is merged" if self.merged else "no adapter is active"))
             return frozen_linear(x, self.weight, self.bias)
         together, apart = self._together_and_apart()
         y = self._fused(x, together) if together else frozen_linear(x, self.weight, self.bias)

@@ -9,6 +9,7 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
+from ... import log
 from ...autograd import transformed
 from ...dora import dora_linear, row_norms, weight_norm
 from ...functional import lora_linear, qlora_linear
@@ -32,6 +33,8 @@ class Fused:
                 return fused_forward(self, x)
             if kwargs.keys() == {"adapter_names"} and why_not_mixed(self, kwargs["adapter_names"]) is None:
                 return mixed_forward(self, x, kwargs["adapter_names"])
+        if log.ON:
+            log.say(f"PEFT's forward, since {why_not_now(self, x, why_not, *args, **kwargs)}")
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
 
@@ -149,6 +152,17 @@ def takes(layer: Layer, x: Tensor) -> bool:
         return False
     weight = layer.base_layer.weight
     return x.dtype == weight.dtype or is_linear4bit(layer.base_layer) or torch.is_autocast_enabled(x.device.type)
+
+
+def why_not_now(layer: Layer, x: Tensor, of_layer: Callable[[Layer], str | None], *args: Any, **kwargs: Any) -> str:
+    """Why a call was not fused: `of_layer` is what `report` asks, the rest is about the call."""
+    if kwargs.get("adapter_names") is not None and (why := why_not_mixed(layer, kwargs["adapter_names"])):
+        return why
+    if why := of_layer(layer):
+        return why
+    if args or kwargs:
+        return "it was called with arguments of its base layer"
+    return f"x is {x.dtype}, which does not go with its weight, or TorchScript traces it"
 
 
 def fused_forward(layer: Layer, x: Tensor) -> Tensor:
