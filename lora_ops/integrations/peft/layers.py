@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ... import log
 from ...autograd import transformed
 from ...dora import dora_linear, row_norms, weight_norm
-from ...functional import lora_linear, qlora_linear
+from ...functional import autocast_is_on, lora_linear, qlora_linear
 from ...multi import AdapterBank, multi_lora_linear
 from ...nn.adapter import version_of
 from ...nn.linear import is_conv1d
@@ -151,7 +151,7 @@ def takes(layer: Layer, x: Tensor) -> bool:
     if x.dtype not in _DTYPES or torch.jit.is_tracing():
         return False
     weight = layer.base_layer.weight
-    return x.dtype == weight.dtype or is_linear4bit(layer.base_layer) or torch.is_autocast_enabled(x.device.type)
+    return x.dtype == weight.dtype or is_linear4bit(layer.base_layer) or autocast_is_on(x.device)
 
 
 def why_not_now(layer: Layer, x: Tensor, of_layer: Callable[[Layer], str | None], *args: Any, **kwargs: Any) -> str:
