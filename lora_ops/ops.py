@@ -286,7 +286,6 @@ def fake_gradients(
 _FORWARD = register("lora_forward", _lora_forward_cpu, forward_reference, _lora_forward_fake)
 _BACKWARD = register("lora_backward", _lora_backward_cpu, backward_reference, _lora_backward_fake)
 lora_forward = Operator(
-lora_forward = Operator(
     _FORWARD, _BACKWARD, 1,
     {False: (log.watched("lora_forward", _lora_forward_cpu, log.DIRECT), _lora_backward_cpu)},
     (log.watched("lora_forward", forward_reference, log.DIRECT), backward_reference),

@@ -116,7 +116,7 @@ import contextlib, types
 from lora_ops.cuda import dispatch
 dispatch.has_kernel, dispatch.target, dispatch.known_paths = (lambda *_: True), (lambda _: None), (lambda _: None)
 dispatch.ops = types.SimpleNamespace(forward=lambda *_, split: (split, None))
-torch.cuda.device = contextlib.nullcontext
+dispatch._current = contextlib.nullcontext
 call = dispatch.log.watched("lora_forward", dispatch.lora_forward, dispatch.log.DISPATCHED)
 for split in (False, True):
     dispatch.choose = lambda *_: split
@@ -147,8 +147,8 @@ def test_an_unknown_value_is_an_error():
 
 @pytest.mark.skipif(log.ON, reason="this very suite was told to log")
 def test_off_wraps_nothing_and_registers_nothing():
-    assert ops.lora_forward.forward_cpu is ops._lora_forward_cpu
-    assert qlora_ops._OPERATOR.forward_cpu is qlora_ops._forward_of_checked
+    assert ops.lora_forward.direct[False][0] is ops._lora_forward_cpu
+    assert qlora_ops.OPERATOR.direct[False][0] is qlora_ops._forward_of_checked
     assert log._enter not in torch.nn.modules.module._global_forward_pre_hooks.values()
     assert log._leave not in torch.nn.modules.module._global_forward_hooks.values()
     assert not any(isinstance(handler, log.logging.StreamHandler) for handler in log.logger.handlers)
