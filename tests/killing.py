@@ -16,6 +16,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -24,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import _run
 import finetune
-import transformers
 
 finetune.SAMPLE_TOKENS, finetune.DECODING_ROUNDS = 2, 1
 finetune._report.plot = lambda *_: None
@@ -42,6 +42,7 @@ _run.Process.close = _close
 
 def start(out: Path, arguments: list[str]) -> int:
     """The process's id, which is its group's, too."""
+    assert threading.active_count() == 1, "a fork beside threads may wait for their locks for ever"
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
@@ -87,7 +88,6 @@ def outcome(out: Path) -> dict:
 
 
 def main(kills: int, root: Path, arguments: list[str]) -> None:
-    transformers.AutoModelForCausalLM.from_pretrained(arguments[arguments.index("--model") + 1])  # imports the rest
     seconds, whole, moments = finish(root / "whole", arguments), outcome(root / "whole"), random.Random(0)
     for n in range(kills):
         out = root / str(n)
