@@ -1,8 +1,8 @@
 """What finetune.py prints and writes: table, verdict, plot, adapter files."""
 
 import os
+import shutil
 import statistics
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,17 @@ DROPOUT_BOUND = 0.03
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Calls `writer` on a temporary name and renames: `path` is the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        writer(Path(scratch, path.name))
-        os.replace(Path(scratch, path.name), path)
+    """Calls `writer` on a temporary name and renames: `path` is the old file or folder, or the whole new one."""
+    scratch = path.parent / ".partial"  # what a process that was killed has left there is written over
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        writer(scratch / path.name)
+        os.replace(scratch / path.name, path)
+    except OSError as error:
+        words = f"{path} is not written, what was there stays: {error.strerror or error}"
+        raise OSError(error.errno, words) if error.errno else OSError(words) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def save_adapter(

@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import io
 import math
 import multiprocessing
 import re
@@ -132,6 +133,21 @@ class Run:
             raise RuntimeError(f"the two sides adapt different layers: {sorted(mine.keys() ^ values.keys())}")
         for key, parameter in mine.items():
             parameter.copy_(torch.from_numpy(values[key]))
+
+    def state(self) -> bytes:
+        """All that a training step changes or draws from."""
+        assert self.optimizer is not None
+        adapter = {key: p.detach() for key, p in self._adapter().items()}
+        file = io.BytesIO()
+        torch.save({"adapter": adapter, "optimizer": self.optimizer.state_dict(), "generator": torch.get_rng_state()}, file)
+        return file.getvalue()
+
+    def load_state(self, state: bytes) -> None:
+        assert self.optimizer is not None
+        kept = torch.load(io.BytesIO(state), weights_only=True)
+        self.load_adapter({key: t.numpy() for key, t in kept["adapter"].items()})
+        self.optimizer.load_state_dict(kept["optimizer"])
+        torch.set_rng_state(kept["generator"])
 
     def step(self, ids: np.ndarray) -> tuple[float, float]:
         """One training step on ids (batch, length): its loss, and its seconds from forward to optimiser."""

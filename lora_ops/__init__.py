@@ -3,6 +3,7 @@
 import torch  # noqa: F401  (before _C: the extension shares torch's OpenMP runtime)
 
 from . import compose, factors, init, methods, optim, reference
+from . import flops as _flops  # noqa: F401  (registers)
 from ._version import __version__
 from .adapters import (
     Adapter,

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import log
 
 library = torch.library.Library("lora_ops", "DEF")
 
@@ -27,12 +30,14 @@ class Operator:
     weight_args: int
     # What the dispatcher ends up with, forward and backward, by whether x is on a GPU (which has both once cuda/ is imported).
     direct: dict[bool, tuple[Callable[..., Any], Callable[..., Any]]]
+    # The two in PyTorch's own operations, which transforms see through.
+    in_torch: tuple[Callable[..., Any], Callable[..., Any]]
 
     def __call__(self, *args: Any) -> Any:
         """`forward`, without the dispatcher where only its price would be noticed: it is paid for every layer of a step, by
         code that the layer before has swept from the caches."""
         if not dispatcher_has_no_say(args, gpu=True):
-            return self.forward(*args)
+            return (self.in_torch[0] if transformed() else self.forward)(*args)
         if not needs_grad(args):
             return self.direct[args[0].is_cuda][0](*args)
         self.check_frozen(args)
@@ -74,21 +79,28 @@ class _Lora(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _dS):  # type: ignore[no-untyped-def]
         if torch.is_grad_enabled():
-            raise RuntimeError("lora_linear is differentiable once: its backward has no derivative (create_graph=True)")
+            raise differentiable_once("lora_linear")
         by_argument = [None] * len(ctx.needs_input_grad)
         if dy is None:
             return tuple(by_argument)
         x, lora_A, lora_B, S, seed, *tensors = ctx.saved_tensors
         weight = [plain if t is None else t for t, plain in zip(tensors, ctx.plain, strict=True)]
         args = (dy, x, *weight, lora_A, lora_B, S, seed, ctx.scaling, ctx.dropout_p, *ctx.need)
-        direct = dispatcher_has_no_say(args, gpu=True)
-        gradients = (ctx.op.direct[dy.is_cuda][1] if direct else ctx.op.backward)(*args)
+        op = ctx.op
+        gradients = backward_for(args, op.backward, op.direct[dy.is_cuda][1], op.in_torch[1], gpu=True)(*args)
         if ctx.need[3]:
             gradients = (*gradients[:3], gradients[3].to(ctx.bias_dtype))
         n = 3 + ctx.op.weight_args
         for place, gradient, need in zip((2, n, n + 1, n + 2), gradients, ctx.need, strict=True):
             by_argument[place] = gradient if need else None
         return tuple(by_argument)
+
+
+def differentiable_once(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name} is differentiable once: its backward has no derivative (create_graph=True). torch.func.grad of "
+        "torch.func.grad has one, and so has lora_ops.reference, which is plain PyTorch"
+    )
 
 
 def _below_autograd(op, keyset, *args):  # type: ignore[no-untyped-def]
@@ -98,20 +110,43 @@ def _below_autograd(op, keyset, *args):  # type: ignore[no-untyped-def]
 
 def register(name: str, cpu: Callable[..., Any], fallback: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """An operator that `library` defines, without its autograd."""
-    library.impl(name, cpu, "CPU")
-    library.impl(name, fallback, "CompositeExplicitAutograd")
+    library.impl(name, log.watched(name, cpu, log.DISPATCHED), "CPU")
+    library.impl(name, log.watched(name, fallback, log.DISPATCHED), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lora_ops::{name}", fake, lib=library)
     return getattr(torch.ops.lora_ops, name).default
 
 
 def register_autograd(name: str, op: Operator) -> None:
     def autograd(keyset, *args):  # type: ignore[no-untyped-def]
+        check_untransformed(name)
         if needs_grad(args):
             op.check_frozen(args)
             return _Lora.apply(op, keyset, *args)
         return _below_autograd(op.forward, keyset, *args)
 
     library.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is at work. What is called under
+    it is composed of PyTorch's own operations, which have a rule for each transform."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def backward_for(args, dispatched, direct, in_torch, gpu=False):  # type: ignore[no-untyped-def]
+    """Which of an operator's backwards takes these arguments, dy first; dy may be a batch of many (is_grads_batched)."""
+    if torch._C._functorch.is_legacy_batchedtensor(args[0]) or transformed():
+        return in_torch
+    return direct if dispatcher_has_no_say(args, gpu) else dispatched
+
+
+def check_untransformed(name: str) -> None:
+    """Of an operator that is called by itself, not by the public function: its derivative would silently be lost."""
+    if transformed():
+        raise RuntimeError(
+            f"torch.ops.lora_ops.{name} has no rule for torch.func's transforms and forward-mode differentiation; call the "
+            "function of lora_ops that it belongs to (lora_linear, qlora_linear, multi_lora_linear, dora_linear)"
+        )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -127,7 +162,7 @@ def dispatcher_has_no_say(args: tuple[Any, ...], gpu: bool = False) -> bool:
         and all(type(t) in _PLAIN for t in args if isinstance(t, Tensor))
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
-        and torch._C._functorch.maybe_current_level() is None
+        and not transformed()
         and not torch._C._get_tracing_state()
         and not torch.autograd._profiler_enabled()
     )

@@ -48,7 +48,7 @@ def check_beside(
         raise ValueError(f"lora_B must be (N, r) = {(N, r)}, got shape {tuple(lora_B.shape)}")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
         raise ValueError(f"bias must be (N,) = {(N,)}, got shape {tuple(bias.shape)}")
-    if not math.isfinite(scaling):
+    if not -math.inf < scaling < math.inf:  # isfinite takes no symbol of torch.compile
         raise ValueError(f"scaling must be finite, got {scaling}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")

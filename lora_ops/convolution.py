@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .autograd import transformed
 from .functional import lora_linear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -104,7 +105,8 @@ def _windows(x: Tensor, geometry: Geometry) -> Tensor:
 
 def transposed(t: Tensor) -> Tensor:
     """(b, m, n) as (b, n, m), contiguous. Differentiable."""
-    if t.device.type != "cpu" or t.shape[1] * t.shape[2] < _TRANSPOSED_BY_TORCH or torch.compiler.is_compiling():
+    small = t.shape[1] * t.shape[2] < _TRANSPOSED_BY_TORCH
+    if t.device.type != "cpu" or small or torch.compiler.is_compiling() or transformed():
         return t.transpose(1, 2).contiguous()
     return _Transposed.apply(t)
 

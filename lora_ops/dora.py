@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import functional, ops
-from .autograd import check_frozen, library, register
+from .autograd import check_frozen, differentiable_once, library, register, transformed
 from .qlora_ops import weight_of
 from .quant import NF4Weight
 from .registry import method
@@ -43,8 +44,11 @@ def weight_norm(
     """
     base = row_norms(weight) if base is None else base
     A, B = lora_A.to(base.dtype), lora_B.to(base.dtype)
-    with torch.autocast(A.device.type, enabled=False):
-        if isinstance(weight, NF4Weight):
+    # A constant of forward-mode derivatives, too, as torch.no_grad has it for the backward.
+    with functional.without_autocast(A.device), forward_ad._set_fwd_grad_enabled(False):
+        if transformed():
+            A_with = A @ _dense(weight, base.dtype).T
+        elif isinstance(weight, NF4Weight):
             A_with = torch.ops.lora_ops.qlora_forward_wide(A, *weight_of(weight), *_nothing(A, B), 0.0)[0]
         else:
             A_with = torch.ops.lora_ops.weight_products(weight, lora_A)
@@ -121,8 +125,20 @@ def dora_linear(
     mask = None
     if hides:
         mask = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout_p)
+    if transformed():
+        return _composed(x, weight, lora_A, lora_B, c, bias, mask, dropout_p, scaling)
     arguments = (weight,) if isinstance(weight, Tensor) else weight_of(weight)
     return _Scaled.apply(x, lora_A, lora_B, c, bias, mask, float(dropout_p), float(scaling), *arguments)
+
+
+def _composed(x, weight, lora_A, lora_B, c, bias, mask, p, scaling):  # type: ignore[no-untyped-def]
+    """`_Scaled`, of operations that transforms see through."""
+    linear: Callable[..., Tensor] = functional.qlora_linear if isinstance(weight, NF4Weight) else functional.lora_linear
+    kept = x if mask is None else x * mask / (1 - p)
+    y = linear(kept, weight, lora_A, lora_B, scaling=scaling, out_scale=c.to(torch.promote_types(x.dtype, torch.float32)))
+    if mask is not None:
+        y = y + linear(x - kept, weight, *_nothing(lora_A, lora_B), scaling=1.0)
+    return y if bias is None else (y + bias).to(y.dtype)
 
 
 class _Scaled(torch.autograd.Function):
@@ -150,6 +166,8 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        if torch.is_grad_enabled():
+            raise differentiable_once("dora_linear")
         kept, lora_A, lora_B, c, y, S, mask, *tensors = ctx.saved_tensors
         weight = [plain if t is None else t for t, plain in zip(tensors, ctx.plain, strict=True)]
         need_x, need_A, need_B, need_c, need_bias, *_ = ctx.needs_input_grad
@@ -183,6 +201,10 @@ def _wide_rows(weight: Tensor) -> Iterator[Tensor]:
     """W0's rows in fp32 (fp64 for fp64), some at a time."""
     for rows in weight.detach().split(_ROWS):
         yield rows.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight_of(weight).dequantize(weight.shape[1], dtype)
 
 
 library.define("weight_products(Tensor weight, Tensor lora_A) -> Tensor")

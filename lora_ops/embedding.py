@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .functional import lora_linear
+from .functional import lora_linear, without_autocast
 
 
 def add_low_rank(
@@ -35,7 +35,7 @@ def add_low_rank(
     for B in lora_Bs:
         wide = torch.promote_types(wide, B.dtype)
     total = y.reshape(-1, y.shape[-1]).to(wide)
-    with torch.autocast(y.device.type, enabled=False):  # which would round y
+    with without_autocast(y.device):  # which would round y
         for S, B, scaling in zip(looked_up, lora_Bs, scalings, strict=True):
             S, B = S.reshape(-1, S.shape[-1]).to(wide), B.to(wide)
             if embed_scale is not None:

@@ -1,5 +1,7 @@
 """The public functions."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -166,11 +168,19 @@ def _general(
 _AUTOCAST = frozenset(d for d in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla") if torch.amp.is_autocast_available(d))
 
 
+def autocast_is_on(device: torch.device) -> bool:
+    """Of any device, meta among them, which torch.is_autocast_enabled does not take."""
+    return device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else nullcontext()
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast makes of x, or None where it does not act."""
-    device = x.device.type
-    if device in _AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if autocast_is_on(x.device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     return None
 
 

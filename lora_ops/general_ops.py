@@ -12,8 +12,19 @@ import math
 import torch
 from torch import Tensor
 
-from . import checks, ops, qlora_ops, reference
-from .autograd import _below_autograd, check_frozen, dispatcher_has_no_say, library, needs_grad, register
+from . import checks, log, ops, qlora_ops, reference
+from .autograd import (
+    _below_autograd,
+    backward_for,
+    check_frozen,
+    check_untransformed,
+    differentiable_once,
+    dispatcher_has_no_say,
+    library,
+    needs_grad,
+    register,
+    transformed,
+)
 from .multi_ops import _codes, _dense, _for_kernel
 
 _WEIGHT = "Tensor[] weight, int blocksize, str quant_type, Tensor lora_A, Tensor lora_B"
@@ -82,7 +93,7 @@ def _forward_cpu(  # type: ignore[no-untyped-def]
     if panels is not None:
         ops._check_panels(panels, weight[0], x.dtype)
     rows, N = ops.rows_of(x), lora_B.shape[0]
-    (M, K), external = rows.shape, panels is None and ops.base_on_torch(x.dtype)
+    (M, K), external = rows.shape, panels is None and ops.on_torch(x.dtype)
     if external:
         y = rows @ _dense(x, weight, K, blocksize, quant_type).to(x.dtype).T
     else:
@@ -133,6 +144,8 @@ def _backward_cpu(  # type: ignore[no-untyped-def]
 def forward_reference(  # type: ignore[no-untyped-def]
     x, weight, blocksize, quant_type, lora_A, lora_B, bias, gate, core, out_scale, panels, seed, scaling, dropout_p, keep_z
 ):
+    if log.ON:
+        log.note(log.reference(x, transformed()))
     check(x, weight, blocksize, quant_type, lora_A, lora_B, bias, gate, core, out_scale, scaling, dropout_p)
     M, K = math.prod(x.shape[:-1]), x.shape[-1]
     W = _dense(x, weight, K, blocksize, quant_type)
@@ -187,7 +200,7 @@ class _General(torch.autograd.Function):
         args = (x, weight, *read_by, lora_A, lora_B, bias, gate, core, out_scale, panels, seed, *settings, keep_z)
         if keyset is None:
             with torch._C._AutoDispatchBelowAutograd():
-                y, S, z = _forward_cpu(*args)
+                y, S, z = _forward_direct(*args)
         else:
             y, S, z = _below_autograd(_FORWARD, keyset, *args)
         saved_S = S if need_B or need_gate or need_core else None
@@ -202,12 +215,13 @@ class _General(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _dS, _dz):  # type: ignore[no-untyped-def]
         if torch.is_grad_enabled():
-            raise RuntimeError("lora_linear is differentiable once: its backward has no derivative (create_graph=True)")
+            raise differentiable_once("lora_linear")
         if dy is None:
             return (None,) * 14
         x, lora_A, lora_B, gate, core, out_scale, S, z, seed, *weight = ctx.saved_tensors
         factors = gate, core, out_scale, S, z, seed
-        backward = _backward_cpu if dispatcher_has_no_say((dy, x, *weight, lora_A, lora_B, *factors)) else _BACKWARD
+        tensors = dy, x, *weight, lora_A, lora_B, *factors
+        backward = backward_for(tensors, _BACKWARD, _backward_cpu, backward_reference)
         grads = backward(dy, x, weight, *ctx.read_by, lora_A, lora_B, *factors, *ctx.settings, *ctx.need)
         wanted = zip(grads, ctx.dtypes, ctx.need, strict=True)
         return *(None,) * 5, *(grad.to(dtype) if need else None for grad, dtype, need in wanted), None, None
@@ -217,6 +231,7 @@ def _autograd(  # type: ignore[no-untyped-def]
     keyset, x, weight, blocksize, quant_type, lora_A, lora_B, bias, gate, core, out_scale, panels, seed, scaling, dropout_p,
     keep_z,
 ):  # fmt: skip
+    check_untransformed("lora_general_forward")
     tensors = x, lora_A, lora_B, bias, gate, core, out_scale
     if needs_grad((*tensors, *weight)):
         for t in weight:
@@ -224,9 +239,11 @@ def _autograd(  # type: ignore[no-untyped-def]
         settings = scaling, dropout_p
         return _General.apply(keyset, weight, (blocksize, quant_type), settings, keep_z, *tensors, panels, seed)
     args = x, weight, blocksize, quant_type, *tensors[1:], panels, seed, scaling, dropout_p, keep_z
-    return _forward_cpu(*args) if keyset is None else _below_autograd(_FORWARD, keyset, *args)
+    return _forward_direct(*args) if keyset is None else _below_autograd(_FORWARD, keyset, *args)
 
 
+_forward_direct = log.watched("lora_general_forward", _forward_cpu, log.DIRECT)
+_reference_direct = log.watched("lora_general_forward", forward_reference, log.DIRECT)
 _FORWARD = register("lora_general_forward", _forward_cpu, forward_reference, _forward_fake)
 _BACKWARD = register("lora_general_backward", _backward_cpu, backward_reference, _backward_fake)
 library.impl("lora_general_forward", _autograd, "Autograd", with_keyset=True)
@@ -234,4 +251,6 @@ library.impl("lora_general_forward", _autograd, "Autograd", with_keyset=True)
 
 def lora_general_forward(x, weight, *args):  # type: ignore[no-untyped-def]
     """torch.ops.lora_ops.lora_general_forward; without the dispatcher where it has no say."""
-    return _autograd(None, x, weight, *args) if dispatcher_has_no_say((x, *weight, *args)) else _FORWARD(x, weight, *args)
+    if dispatcher_has_no_say((x, *weight, *args)):
+        return _autograd(None, x, weight, *args)
+    return (_reference_direct if transformed() else _FORWARD)(x, weight, *args)

@@ -12,8 +12,18 @@ import math
 import torch
 from torch import Tensor
 
-from . import _C, checks, ops, qlora_ops, reference
-from .autograd import _below_autograd, check_frozen, library, plain_call, register
+from . import _C, checks, log, ops, qlora_ops, reference
+from .autograd import (
+    _below_autograd,
+    backward_for,
+    check_frozen,
+    check_untransformed,
+    differentiable_once,
+    library,
+    plain_call,
+    register,
+    transformed,
+)
 
 _ARGUMENTS = (
     "Tensor[] weight, int K, int blocksize, str quant_type, Tensor[] lora_A, Tensor[] lora_B, Tensor scalings, "
@@ -93,7 +103,9 @@ def _forward_cpu(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, 
     adapters, dtype, r, _kept = _for_forward(
         x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, bias, dropout_p
     )
-    M, external = rows.shape[0], ops.base_on_torch(x.dtype)
+    M, external = rows.shape[0], ops.on_torch(x.dtype)
+    if log.ON:
+        log.note(f"{log.kernels()}, by addresses")
     if external:
         y = rows @ _dense(x, weight, K, blocksize, quant_type).to(x.dtype).T
     else:
@@ -153,6 +165,8 @@ def _backward_cpu(  # type: ignore[no-untyped-def]
 
 
 def forward_reference(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, bias, seed, dropout_p):  # type: ignore[no-untyped-def]
+    if log.ON:
+        log.note(log.reference(x, transformed()))
     check(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, bias, dropout_p)
     W = _dense(x, weight, K, blocksize, quant_type)
     rows = x.reshape(math.prod(x.shape[:-1]), K)
@@ -220,14 +234,15 @@ class _MultiLora(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _dS):  # type: ignore[no-untyped-def]
         if torch.is_grad_enabled():
-            raise RuntimeError("multi_lora_linear is differentiable once: its backward has no derivative (create_graph=True)")
+            raise differentiable_once("multi_lora_linear")
         nothing = [None] * len(ctx.needs_input_grad)
         if dy is None:
             return tuple(nothing)
         x, S, seed, scalings, adapter_ids, *rest = ctx.saved_tensors
         weight, adapters = rest[: ctx.weights], rest[ctx.weights :]
         As, Bs = adapters[: ctx.n], adapters[ctx.n :]
-        dx, dA, dB, dbias = _BACKWARD(
+        backward = backward_for((dy,), _BACKWARD, _BACKWARD, backward_reference)
+        dx, dA, dB, dbias = backward(
             dy, x, weight, *ctx.constants, As, Bs, scalings, adapter_ids, S, seed, ctx.dropout_p, *ctx.need
         )
         gradients = (dx, dbias.to(ctx.bias_dtype), *dA, *dB)
@@ -236,6 +251,7 @@ class _MultiLora(torch.autograd.Function):
 
 
 def _autograd(keyset, x, weight, K, blocksize, quant_type, As, Bs, scalings, adapter_ids, bias, seed, dropout_p):  # type: ignore[no-untyped-def]
+    check_untransformed("multi_lora_forward")
     constants = K, blocksize, quant_type
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, bias, *weight, *As, *Bs):
         for t in weight:
@@ -244,6 +260,8 @@ def _autograd(keyset, x, weight, K, blocksize, quant_type, As, Bs, scalings, ada
     return _below_autograd(_FORWARD, keyset, x, weight, *constants, As, Bs, scalings, adapter_ids, bias, seed, dropout_p)
 
 
+_forward_direct = log.watched("multi_lora_forward", _forward_cpu, log.DIRECT)
+_reference_direct = log.watched("multi_lora_forward", forward_reference, log.DIRECT)
 _FORWARD = register("multi_lora_forward", _forward_cpu, forward_reference, _forward_fake)
 _BACKWARD = register("multi_lora_backward", _backward_cpu, backward_reference, _backward_fake)
 library.impl("multi_lora_forward", _autograd, "Autograd", with_keyset=True)
@@ -252,5 +270,5 @@ library.impl("multi_lora_forward", _autograd, "Autograd", with_keyset=True)
 def multi_lora_forward(x, weight, K, blocksize, quant_type, As, Bs, scalings, adapter_ids, bias, seed, dropout_p):  # type: ignore[no-untyped-def]
     """torch.ops.lora_ops.multi_lora_forward; without the dispatcher where it has no say."""
     plain = plain_call((x, *weight, *As, *Bs, bias, seed))
-    call = _forward_cpu if plain else _FORWARD
+    call = _forward_direct if plain else _reference_direct if transformed() else _FORWARD
     return call(x, weight, K, blocksize, quant_type, As, Bs, scalings, adapter_ids, bias, seed, dropout_p)

@@ -15,8 +15,8 @@ import os
 import torch
 from torch import Tensor
 
-from . import _C, reference
-from .autograd import Operator, library, register, register_autograd
+from . import _C, log, reference
+from .autograd import Operator, library, register, register_autograd, transformed
 from .checks import check, check_kept
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -88,6 +88,15 @@ def base_on_torch(dtype: torch.dtype) -> bool:
     return _C.isa() == "generic"
 
 
+def on_torch(dtype: torch.dtype) -> bool:
+    """`base_on_torch`, of a product that is about to be computed."""
+    if log.ON and base_on_torch(dtype):
+        chosen = os.environ.get("LORA_OPS_CPU_BASE") == "torch"
+        why = "LORA_OPS_CPU_BASE is torch" if chosen else f"{_C.isa()} kernels are slower at it"
+        log.note(f"torch multiplies by W0, since {why}")
+    return base_on_torch(dtype)
+
+
 # Where torch has them, tensors are looked at through a table of C functions (csrc/tensors.h). `_C.forward_of_tensors` and
 # `backward_of_tensors` take any weight, (weight,) or the fields of qlora_ops.Weight, and do their work where all arguments fit
 # the kernels as they are; otherwise they return None, and Python asks what does not fit.
@@ -113,6 +122,8 @@ def forward_kernel(
     general: General | None = None,
 ) -> Tensor:
     """Writes y (M, N) and returns S (M, r). Without a weight, y already holds x W0ᵀ."""
+    if log.ON:
+        log.note(f"{log.kernels()}, by addresses")
     (M, K), N, r = rows.shape, y.shape[1], lora_A.shape[0]
     S = torch.empty((M, r), dtype=torch.float32)
     A, B, bias = lora_A.contiguous(), lora_B.contiguous(), None if bias is None else bias.contiguous()
@@ -180,7 +191,7 @@ def _lora_forward_cpu(
     if panels is not None:
         _check_panels(panels, weight, x.dtype)
     N, rows = weight.shape[0], rows_of(x)
-    external = panels is None and base_on_torch(x.dtype)
+    external = panels is None and on_torch(x.dtype)
     y_dtype = y_dtype or x.dtype
     y = (rows @ weight.to(x.dtype).T).to(y_dtype) if external else torch.empty((rows.shape[0], N), dtype=y_dtype)
     weight = _strided(weight)
@@ -221,6 +232,8 @@ def _lora_backward_cpu(
 
 
 def forward_reference(x, weight, lora_A, lora_B, bias, panels, seed, scaling, dropout_p):  # type: ignore[no-untyped-def]
+    if log.ON:
+        log.note(log.reference(x, transformed()))
     check(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y, S = reference.lora_forward(rows, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
@@ -272,7 +285,11 @@ def fake_gradients(
 
 _FORWARD = register("lora_forward", _lora_forward_cpu, forward_reference, _lora_forward_fake)
 _BACKWARD = register("lora_backward", _lora_backward_cpu, backward_reference, _lora_backward_fake)
-lora_forward = Operator(_FORWARD, _BACKWARD, 1, {False: (_lora_forward_cpu, _lora_backward_cpu)})
+lora_forward = Operator(
+    _FORWARD, _BACKWARD, 1,
+    {False: (log.watched("lora_forward", _lora_forward_cpu, log.DIRECT), _lora_backward_cpu)},
+    (log.watched("lora_forward", forward_reference, log.DIRECT), backward_reference),
+)  # fmt: skip
 register_autograd("lora_forward", lora_forward)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C, checks, ops, reference
+from . import _C, checks, log, ops, reference
 from .autograd import Operator, library, register, register_autograd
 from .quant import NF4Weight, layout
 
@@ -135,7 +135,7 @@ def _forward_of_checked(x: Tensor, *args):  # type: ignore[no-untyped-def]
 def _forward_checked(x: Tensor, weight: Weight, lora_A, lora_B, bias, seed, scaling, dropout_p, y_dtype=None):  # type: ignore[no-untyped-def]
     rows, N = ops.rows_of(x), lora_B.shape[0]
     y, for_kernel = torch.empty((rows.shape[0], N), dtype=y_dtype or x.dtype), None
-    if ops.base_on_torch(x.dtype):
+    if ops.on_torch(x.dtype):
         for n, piece in weight.pieces(x.shape[-1], x.dtype):
             y[:, n] = rows @ piece.T
     else:
@@ -192,7 +192,11 @@ def _backward_fake(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-unty
 
 _FORWARD = register("qlora_forward", _forward_cpu, forward_reference, _forward_fake)
 _BACKWARD = register("qlora_backward", _backward_cpu, backward_reference, _backward_fake)
-OPERATOR = Operator(_FORWARD, _BACKWARD, 7, {False: (_forward_of_checked, _backward_cpu)})
+OPERATOR = Operator(
+    _FORWARD, _BACKWARD, 7,
+    {False: (log.watched("qlora_forward", _forward_of_checked, log.DIRECT), _backward_cpu)},
+    (log.watched("qlora_forward", forward_reference, log.DIRECT), backward_reference),
+)  # fmt: skip
 register_autograd("qlora_forward", OPERATOR)
 
 

@@ -33,7 +33,7 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return (high >> 16) + (middle >> 16), ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al., SC 2011). Counter words and results are int64 tensors holding 32-bit numbers."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
@@ -59,7 +59,7 @@ def dropout_bits(seed: Tensor, M: int, K: int) -> Tensor:
     k = torch.arange(K, device=device)
     row = torch.arange(M, device=device).unsqueeze(1)
     zero = torch.zeros((), dtype=torch.int64, device=device)
-    words = philox((16 * (k // 128) + (k % 32) // 2, row & _LOW, row >> 32, zero), int(seed))
+    words = philox((16 * (k // 128) + (k % 32) // 2, row & _LOW, row >> 32, zero), seed)
     word = torch.stack([w.expand(M, K) for w in words]).gather(0, ((k % 128) // 32).expand(1, M, K))[0]
     return torch.where(k % 2 == 1, word >> 16, word) & 0xFFFF
 
@@ -262,12 +262,14 @@ def multi_lora_forward(
     _check_ids(adapter_ids, len(lora_A))
     wx, W, b = _wide(x, weight, bias)
     dropped = _dropped(wx, seed, dropout_p)
-    y, S = wx @ W.T, wx.new_zeros(x.shape[0], max((A.shape[0] for A in lora_A), default=0))
-    for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
-        rows = adapter_ids == i
-        own = dropped[rows] @ _wide(A)[0].T
-        S[rows, : A.shape[0]] = own
-        y[rows] += scalings[i] * (own @ _wide(B)[0].T)
+    r = max((A.shape[0] for A in lora_A), default=0)
+    y, S = wx @ W.T, wx.new_zeros(x.shape[0], r)
+    if lora_A:  # not in place: under torch.func.vmap the adapters may be many where the rest is one
+        rows = [(adapter_ids == i).nonzero()[:, 0] for i in range(len(lora_A))]
+        own = [dropped[n] @ _wide(A)[0].T for n, A in zip(rows, lora_A, strict=True)]
+        added = [scaling * (t @ _wide(B)[0].T) for t, B, scaling in zip(own, lora_B, scalings, strict=True)]
+        y = y.index_add(0, torch.cat(rows), torch.cat(added))
+        S = S.index_copy(0, torch.cat(rows), torch.cat([torch.nn.functional.pad(t, (0, r - t.shape[1])) for t in own]))
     if b is not None:
         y = y + b
     return y.to(x.dtype), S

@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from no_room import full_disk, public_folder, read_only
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -333,16 +334,41 @@ def test_what_is_damaged_is_refused_whole(
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
 
-def test_a_write_that_fails_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def changed(model: nn.Module) -> nn.Module:
+    for _, layer in lora_ops.lora_layers(model):
+        layer.lora_B["default"].data.sub_(1)
+    return model
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, CONFIG])
+def test_a_full_disk_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    """At either file, and nothing half written stays beside them."""
     model = lora_ops.add_lora(model_of(), LoraConfig(**options_of({})))
     lora_ops.save_adapter(model, tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
-    for _, layer in lora_ops.lora_layers(model):
-        layer.lora_B["default"].data.neg_()
-    with pytest.raises(OSError, match="No space left"):
-        lora_ops.save_adapter(model, tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    before = contents(tmp_path)
+    if file == CONFIG:  # the smaller one, which a real limit lets through
+        monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError(27, "File too large")))
+    words = f"{file} is not written, and what was there stays: File too large"
+    with full_disk(100 if file == WEIGHTS else 1 << 30), pytest.raises(OSError, match=words):
+        lora_ops.save_adapter(changed(model), tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_read_only_folder_keeps_its_files() -> None:
+    model = lora_ops.add_lora(model_of(), LoraConfig(**options_of({})))
+    with public_folder() as folder:
+        lora_ops.save_adapter(model, folder)
+        before = contents(folder)
+        with read_only(folder):
+            with pytest.raises(PermissionError, match=r"adapter_model.safetensors is not written, and what was there stays"):
+                lora_ops.save_adapter(changed(model), folder)
+            with pytest.raises(PermissionError, match=f"{folder}/new"):
+                lora_ops.save_adapter(model, folder / "new")
+        assert contents(folder) == before
 
 
 def test_an_adapter_that_is_not_there() -> None:

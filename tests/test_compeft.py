@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from no_room import full_disk
 from safetensors.torch import save_file
 from tiny_models import Mlp, injected
 from torch import Tensor
@@ -96,3 +97,12 @@ def test_errors(tmp_path: Path) -> None:
         set_adapter_tensors(model, wrong)
     with pytest.raises(ValueError, match="got 'other'"):
         adapter_tensors(model, "other")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    TernaryTensors(1.0, torch.zeros(1, dtype=torch.uint8), {"t": (5,)}).save(path)
+    before = path.read_bytes()
+    with full_disk(100), pytest.raises(OSError, match=r"adapter.safetensors is not written, and what was there stays"):
+        TernaryTensors(2.0, torch.zeros(1, dtype=torch.uint8), {"t": (5,)}).save(path)
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [before]

@@ -13,8 +13,9 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_language import tiny_llama, write_inputs
 from tiny_models import assert_as_exact
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_ops
 
@@ -29,41 +30,9 @@ STEPS, LENGTH = 3, 32
 OPTIONS = ["--steps", STEPS, "--length", LENGTH, "--r", 4, "--lr", 0.01, "--threads", 1]
 
 
-def tiny_llama(intermediate_size: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = LlamaForCausalLM(config)
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear):
-            # At the default scale of 0.02 the layers hardly change what the embeddings say.
-            torch.nn.init.normal_(layer.weight, std=0.2)
-    return model
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the model, model/, and the text, text.txt."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    root = tmp_path_factory.mktemp("finetune")
-    text = root / "text.txt"
-    text.write_text("\n\n".join(f"Paragraph {i}: the quick brown fox jumps over the lazy dog." for i in range(60)))
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([], trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False))
-    tiny_llama(128).save_pretrained(root / "model")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(root / "model")
-    return root
+    return write_inputs(tmp_path_factory.mktemp("finetune"))
 
 
 def fine_tune(inputs: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:

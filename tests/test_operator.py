@@ -330,7 +330,7 @@ def test_plain_tensors_do_without_the_dispatcher(monkeypatch, backward):
     assert all(torch.equal(plain[name], dispatched[name]) for name in plain)
 
 
-def test_subclasses_and_transforms_reach_the_dispatcher():
+def test_subclasses_reach_the_dispatcher():
     class Sub(torch.Tensor):
         pass
 
@@ -338,5 +338,3 @@ def test_subclasses_and_transforms_reach_the_dispatcher():
     args = (case.weight, case.lora_A, case.lora_B)
     with torch.no_grad():
         assert isinstance(lora_linear(case.x.as_subclass(Sub), *args, scaling=1.0), Sub)
-        one = lora_linear(case.x, *args, scaling=1.0)
-        assert torch.equal(torch.vmap(lambda x: lora_linear(x, *args, scaling=1.0))(case.x[None])[0], one)

@@ -309,14 +309,6 @@ def test_modes_see_the_operator_and_plain_calls_do_not_need_the_dispatcher(monke
     assert all(torch.equal(plain[name], seen[name]) for name in plain)
 
 
-def test_transforms_reach_the_dispatcher():
-    case = make_quantised_case((3, 96, 17, 4), Dtypes(F32, F32))
-    args = (case.qweight, case.lora_A, case.lora_B)
-    with torch.no_grad():
-        one = qlora_linear(case.x, *args, scaling=1.0)
-        assert torch.equal(torch.vmap(lambda x: qlora_linear(x, *args, scaling=1.0))(case.x[None])[0], one)
-
-
 def test_the_adapter_is_lora_linear_s():
     """Without a weight to speak of, what is left is the dense operator's, bit for bit."""
     case = make_quantised_case(SHAPE, Dtypes(F32, F32), bias=False)

@@ -9,12 +9,11 @@ base_model.model.<module>.<anything>                    of modules_to_save
 base_model.model.<module>.base_layer.weight             of embeddings and output layers, see save_embedding_layers
 """
 
-import contextlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +30,7 @@ from .starts import FOLLOW_FROM_W0, KEEP_W0, Plain, initialisation_in_file, star
 from .switching import add_adapter
 from .targets import check_replaceable, targeted_modules
 from .whole_modules import ModulesToSaveWrapper, modules_to_save, whole_modules
+from .writing import write_files
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -90,7 +90,7 @@ def save_adapter(
 
     Raises:
         ValueError: no layer has an adapter of that name, or its layers differ in what a configuration has once for all.
-        OSError: the files cannot be written.
+        OSError: a file cannot be written, by its name; the directory is as it was.
     """
     if save_embedding_layers not in (True, False, "auto"):
         raise ValueError(f'save_embedding_layers must be True, False or "auto", got {save_embedding_layers!r}')
@@ -118,7 +118,7 @@ def save_adapter(
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True)
-    _replace(
+    write_files(
         {
             folder / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
             folder / CONFIG: lambda path: path.write_text(text),  # JSON in ASCII
@@ -286,22 +286,6 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         apart[name] = t.clone() if address in seen else t
         seen.add(address)
     return apart
-
-
-def _replace(files: Mapping[Path, Callable[[Path], Any]]) -> None:
-    """Writes every file under another name; all take their names when the last one is written."""
-    written = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
-    try:
-        for path, write in files.items():
-            write(written[path])
-            with open(written[path], "rb") as f:
-                os.fsync(f.fileno())
-        for path, temporary in written.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in written.values():
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
 
 
 def _read_config(path: Path) -> LoraConfig:

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..adapters.injection import lora_layers
+from ..adapters.writing import write_files
 from ..registry import method
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -52,9 +54,10 @@ class TernaryTensors:
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file."""
+        """Writes a safetensors file. Raises OSError where it cannot be written; an old one is as it was."""
         shapes = json.dumps([[name, list(shape)] for name, shape in self.shapes.items()])
-        save_file({"packed": self.packed, "scale": torch.tensor([self.scale])}, path, metadata={"shapes": shapes})
+        tensors = {"packed": self.packed, "scale": torch.tensor([self.scale])}
+        write_files({Path(path): lambda to: save_file(tensors, to, metadata={"shapes": shapes})})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TernaryTensors":

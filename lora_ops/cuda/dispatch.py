@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import qlora_ops
+from .. import log, qlora_ops
 from ..autograd import library
 from ..ops import backward_reference, check, fake_gradients, forward_reference
 from ..ops import lora_forward as lora_operator
 from ..qlora_ops import Weight
 from ..quant.layout import DTYPES
 from . import ops
-from .path import Choices, choices, choose
+from .path import VARIABLE, Choices, choices, choose, forced
 
 
 @functools.cache
@@ -75,7 +75,12 @@ def _forward(op: str, x: Tensor, weight: Tensor | Weight, *beside):  # type: ign
     with _current(index):
         run: Callable[..., Any] = functools.partial(ops.forward, target(index), x, weight, *beside)
         shape = (lora_B.shape[0], x.shape[-1])
-        return run(split=choose(known_paths(index), op, x, shape, lora_A, run))
+        split = choose(known_paths(index), op, x, shape, lora_A, run)
+        if log.ON:
+            path = "split: cuBLAS multiplies by W0, the kernels do the rest" if split else "fused"
+            why = f"{VARIABLE} says so" if forced() else "it was timed on this GPU, or goes by the rows where it cannot be"
+            log.note(f"CUDA kernels, {path}, since {why}")
+        return run(split=split)
 
 
 def _backward(op: str, dy: Tensor, x: Tensor | None, weight: Tensor | Weight, *beside):  # type: ignore[no-untyped-def]
@@ -141,8 +146,8 @@ def dequantize(codes: Tensor, absmax: Tensor, K: int, blocksize: int, quant_type
         return ops.dequantize(target(index), weight, K, dtype)
 
 
-lora_operator.direct[True] = lora_forward, lora_backward
-qlora_ops.OPERATOR.direct[True] = _qlora_forward_of_checked, qlora_backward
+lora_operator.direct[True] = log.watched("lora_forward", lora_forward, log.DIRECT), lora_backward
+qlora_ops.OPERATOR.direct[True] = log.watched("qlora_forward", _qlora_forward_of_checked, log.DIRECT), qlora_backward
 
 
 def _with_empty(backward: Callable[..., Any], weight_args: int) -> Callable[..., Any]:
@@ -157,7 +162,7 @@ def _with_empty(backward: Callable[..., Any], weight_args: int) -> Callable[...,
     return complete
 
 
-library.impl("lora_forward", lora_forward, "CUDA")
+library.impl("lora_forward", log.watched("lora_forward", lora_forward, log.DISPATCHED), "CUDA")
 library.impl("lora_backward", _with_empty(lora_backward, 1), "CUDA")
-library.impl("qlora_forward", qlora_forward, "CUDA")
+library.impl("qlora_forward", log.watched("qlora_forward", qlora_forward, log.DISPATCHED), "CUDA")
 library.impl("qlora_backward", _with_empty(qlora_backward, 7), "CUDA")

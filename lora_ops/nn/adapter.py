@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from ..autograd import transformed
 from ..dora import row_norms, weight_norm
 from ..quant import NF4Weight
 from ..stacking import stack
@@ -270,7 +271,7 @@ class NamedAdapters(FrozenWeight):
     def _row_norms(self) -> Tensor:
         """‖W0‖² of every row, kept from the first call on and made anew as `_packed` does."""
         weight = self.weight
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or transformed():
             return row_norms(weight)
         state = version_of(weight)
         if self._norms is None or self._norms[0] != state:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
+from .. import log
 from ..convolution import CONVOLUTIONS, Geometry, convolve, lora_convolve
 from ..registry import method
 from ..stacking import stack
@@ -129,6 +130,8 @@ class FusedLoraConv(DenseAdapters):
             options: dict[str, Any] = {"scaling": scaling, "dropout_p": dropout_p, "training": self.training}
             y = lora_convolve(x, self.weight, A, B, geometry, self.bias, **options)
         else:
+            if log.ON:
+                log.say("torch's convolutions, since this one is no matrix product: its windows overlap, are padded, ...")
             y, apart = convolve(x, self.weight, self.bias, geometry), self.active_adapters
         total = y
         for name in apart:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
+from .. import log
 from ..embedding import add_low_rank
 from ..registry import method
 from .dense import DenseAdapters
@@ -135,6 +136,8 @@ class FusedLoraEmbedding(DenseAdapters):
             y = y * (scale.to(self.weight.dtype) if isinstance(scale, Tensor) else scale)
         if self._is_frozen_layer:
             return y
+        if log.ON:
+            log.say("lookups and one product for each adapter, by torch")
         names = self.active_adapters
         looked_up = [self._lookup(ids, self.lora_A[name].T) for name in names]
         return add_low_rank(y, looked_up, [self.lora_B[name] for name in names], [self.scaling[name] for name in names], scale)

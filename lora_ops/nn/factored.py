@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import lora_linear, qlora_linear
+from ..functional import lora_linear, qlora_linear, without_autocast
 from ..quant import NF4Weight
 from .frozen import FrozenWeight, adapter_dtype_for
 from .linear import is_conv1d, weight_of
@@ -75,9 +75,7 @@ class FactoredLinear(FrozenWeight):
 
     def _factors(self, x: Tensor) -> "Factors":
         """Made in the provider's own dtype, whatever autocast would make of its products."""
-        if not torch.is_autocast_enabled(x.device.type):
-            return self.factors(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return self.factors(x)
 
     @torch.no_grad()

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from .. import log
+from ..autograd import transformed
 from ..dora import dora_linear
-from ..functional import lora_linear, qlora_linear
+from ..functional import autocast_is_on, lora_linear, qlora_linear
 from ..ops import pack_weight
 from ..quant import NF4Weight
 from ..registry import method
@@ -165,6 +167,8 @@ class FusedLoraLinear(OwnWeights):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged or self.adapters_disabled or not self.active_adapters:
+            if log.ON:
+                log.say("the weight alone, since " + ("it is merged" if self.merged else "no adapter is active"))
             return frozen_linear(x, self.weight, self.bias)
         together, apart = self._together_and_apart()
         y = self._fused(x, together) if together else frozen_linear(x, self.weight, self.bias)
@@ -196,10 +200,10 @@ class FusedLoraLinear(OwnWeights):
 
     def _packed(self, w: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The kept panels, made anew when the weight's version or storage has changed. A compiled graph, which could not
-        notice that, reads the weight itself."""
-        if torch.compiler.is_compiling():
+        notice that, reads the weight itself, and so do torch.func's transforms."""
+        if torch.compiler.is_compiling() or transformed():
             return None
-        if torch.is_autocast_enabled(w.device.type):
+        if autocast_is_on(w.device):
             dtype = torch.get_autocast_dtype(w.device.type)
         state = (*version_of(w), dtype)
         if self._panels_of != state:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _C, reference
+from ..autograd import transformed
 
 QUANT_TYPES = {"nf4": 0, "fp4": 1}
 ZERO_CODE = {"nf4": 7, "fp4": 0}
@@ -165,7 +166,7 @@ def dequantize(
     cuda = _cuda(codes, dtype)
     if cuda is not None:
         return cuda.dequantize(codes.contiguous(), absmax.contiguous(), K, blocksize, quant_type, dtype)
-    if not has_kernel(codes) or dtype not in DTYPES:
+    if not has_kernel(codes) or dtype not in DTYPES or transformed():  # torch.func wraps the tensors that are made
         return reference.dequantize_4bit(unpack_codes(codes, K), absmax, blocksize, quant_type, dtype)
     codes, absmax = codes.contiguous(), absmax.contiguous()
     weight = codes.new_empty(shape, dtype=dtype)

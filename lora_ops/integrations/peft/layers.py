@@ -9,9 +9,12 @@ from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
+from ... import log
+from ...autograd import transformed
 from ...dora import dora_linear, row_norms, weight_norm
-from ...functional import lora_linear, qlora_linear
+from ...functional import autocast_is_on, lora_linear, qlora_linear
 from ...multi import AdapterBank, multi_lora_linear
+from ...nn.adapter import version_of
 from ...nn.linear import is_conv1d
 from ...nn.quantized import is_linear4bit
 from ...quant import NF4Weight
@@ -30,6 +33,8 @@ class Fused:
                 return fused_forward(self, x)
             if kwargs.keys() == {"adapter_names"} and why_not_mixed(self, kwargs["adapter_names"]) is None:
                 return mixed_forward(self, x, kwargs["adapter_names"])
+        if log.ON:
+            log.say(f"PEFT's forward, since {why_not_now(self, x, why_not, *args, **kwargs)}")
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
 
@@ -146,7 +151,18 @@ def takes(layer: Layer, x: Tensor) -> bool:
     if x.dtype not in _DTYPES or torch.jit.is_tracing():
         return False
     weight = layer.base_layer.weight
-    return x.dtype == weight.dtype or is_linear4bit(layer.base_layer) or torch.is_autocast_enabled(x.device.type)
+    return x.dtype == weight.dtype or is_linear4bit(layer.base_layer) or autocast_is_on(x.device)
+
+
+def why_not_now(layer: Layer, x: Tensor, of_layer: Callable[[Layer], str | None], *args: Any, **kwargs: Any) -> str:
+    """Why a call was not fused: `of_layer` is what `report` asks, the rest is about the call."""
+    if kwargs.get("adapter_names") is not None and (why := why_not_mixed(layer, kwargs["adapter_names"])):
+        return why
+    if why := of_layer(layer):
+        return why
+    if args or kwargs:
+        return "it was called with arguments of its base layer"
+    return f"x is {x.dtype}, which does not go with its weight, or TorchScript traces it"
 
 
 def fused_forward(layer: Layer, x: Tensor) -> Tensor:
@@ -238,10 +254,12 @@ def bias_of(layer: Layer, names: list[str]) -> Tensor | None:
 def quantised_weight(layer: Layer) -> NF4Weight:
     """The Linear4bit's weight as the kernels read it: a second copy of its codes, which lies beside the layer's state."""
     weight = layer.base_layer.weight
-    state = (weight.data_ptr(), weight._version, id(weight.quant_state))
+    state = (*version_of(weight), id(weight.quant_state))
     kept = layer.__dict__.get("_lora_ops_weight")
     if kept is None or kept[0] != state:
-        kept = layer.__dict__["_lora_ops_weight"] = (state, NF4Weight.from_params4bit(weight), weight.quant_state)
+        with torch.inference_mode(False):  # what is kept is there for training, too
+            codes = NF4Weight.from_params4bit(weight)
+        kept = layer.__dict__["_lora_ops_weight"] = (state, codes, weight.quant_state)
         layer.__dict__.pop("_lora_ops_norms", None)
     return kept[1]
 
@@ -249,7 +267,7 @@ def quantised_weight(layer: Layer) -> NF4Weight:
 def _kept_norm(layer: Layer, vector: Any, name: str, norm: Callable[[], Tensor]) -> Tensor:
     """An adapter's ‖W0 + ΔW‖. As in PEFT it is kept in eval mode, inside `peft.helpers.DoraCaching`, and with PEFT's forgotten:
     nothing shows that an adapter has changed, since much writes into `.data`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transformed():
         return norm()
     if not peft_dora.ENABLE_DORA_CACHING or layer.training:
         vector._cache_clear()
@@ -264,10 +282,10 @@ def _kept_norm(layer: Layer, vector: Any, name: str, norm: Callable[[], Tensor])
 
 def _row_norms(layer: Layer, weight: Tensor | NF4Weight) -> Tensor:
     """`row_norms`, kept as long as the weight is the same."""
-    state = (id(weight),) if isinstance(weight, NF4Weight) else (weight.data_ptr(), weight._version, weight.dtype)
-    kept = layer.__dict__.get("_lora_ops_norms")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transformed():
         return row_norms(weight)
+    state = (id(weight),) if isinstance(weight, NF4Weight) else version_of(weight)
+    kept = layer.__dict__.get("_lora_ops_norms")
     if kept is None or kept[0] != state:
         kept = layer.__dict__["_lora_ops_norms"] = (state, row_norms(weight))
     return kept[1]

@@ -6,10 +6,23 @@ import torch
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 
+from ... import log
 from ...convolution import CONVOLUTIONS, Geometry, lora_convolve
 from ...embedding import add_low_rank
 from ...stacking import stack
-from .layers import Fused, Layer, active, bias_of, dropout_of, is_plain, of_adapter, of_state, of_weight, takes
+from .layers import (
+    Fused,
+    Layer,
+    active,
+    bias_of,
+    dropout_of,
+    is_plain,
+    of_adapter,
+    of_state,
+    of_weight,
+    takes,
+    why_not_now,
+)
 
 
 class FusedConv(Fused):
@@ -18,6 +31,8 @@ class FusedConv(Fused):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not args and not kwargs and takes(self, x) and why_not_conv(self) is None:
             return conv_forward(self, x)
+        if log.ON:
+            log.say(f"PEFT's forward, since {why_not_now(self, x, why_not_conv, *args, **kwargs)}")
         return super(Fused, self).forward(x, *args, **kwargs)  # type: ignore[misc]
 
     def _get_name(self) -> str:  # PEFT tells layers apart by it
@@ -41,7 +56,11 @@ class FusedEmbedding(Fused, peft_layer.Embedding):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not args and not kwargs and not torch.jit.is_tracing() and why_not_embedding(self) is None:
+            if log.ON:
+                log.say("PEFT's lookups, one product for all that adapters add")
             return embedding_forward(self, x)
+        if log.ON:
+            log.say(f"PEFT's forward, since {why_not_now(self, x, why_not_embedding, *args, **kwargs)}")
         return super(Fused, self).forward(x, *args, **kwargs)
 
     def _get_name(self) -> str:
