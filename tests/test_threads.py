@@ -171,6 +171,7 @@ def test_two_python_threads_train_two_models() -> None:
 def run_script(code: str, **variables: str) -> str:
     """What a script prints."""
     head = f"import os, signal, sys, threading, torch, lora_ops\nsys.path.insert(0, {str(HERE)!r})\n"
+    head += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs are deaf to it
     command, environment = [sys.executable, "-c", head + code], os.environ | variables
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=HERE.parent)
     assert done.returncode == 0, done.stderr[-3000:]
