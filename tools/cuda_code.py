@@ -129,7 +129,7 @@ def wrong_predicates(code: list[tuple[int, str]]) -> list[str]:
 
     and takes the comparison from its predicates. Where a is negative an H100 sets them as if the result were 8, and it is 0.
     Where they are PT or left out, nothing is taken from them. The way around it is to compare a itself."""
-    written = re.compile(r"\bU?VIMNMX\S*\.RELU\S*\s+\w+,\s*(?!PT,\s*PT,)U?P\w+,\s*U?P\w+,")
+    written = re.compile(r"\bU?VIMNMX\S*\.RELU\S*\s+\w+,\s*(?!U?PT,\s*U?PT,)U?P\w+,\s*U?P\w+,")
     return [text for _, text in code if written.search(text)]
 
 
