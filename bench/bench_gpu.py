@@ -1,21 +1,23 @@
 """A GPU's times: the frozen layer, eager LoRA, PEFT, and lora_ops on each path; then training steps of a LLaMA.
 
-    python bench/bench_gpu.py [OUT]     prints tables, and writes gpu.csv and gpu_model.csv into OUT (bench_out)
+    python bench/bench_gpu.py [OUT]                 writes gpu.csv, gpu.png, gpu.svg and gpu_model.csv into OUT (bench_out)
+    python bench/bench_gpu.py --plot CSV OUT        OUT.png and OUT.svg of a gpu.csv, and its table; needs no GPU
 
 bf16, r = 16. A layer's time is that of a CUDA graph of its forward, or of forward and backward: what the GPU needs, without
 Python. `called` is the same without a graph: what a call takes where nothing else keeps the GPU busy. All sides take turns, and
 the median of the rounds counts. A turn goes through several weights, so that small ones do not stay in the GPU's cache.
 """
 
+import argparse
 import csv
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from report_gpu import plot, read, table
 from torch import Tensor, nn
 
 import lora_ops
@@ -244,15 +246,29 @@ def models(out: Path) -> None:
 
 def write(file: Path, rows: list[dict]) -> None:
     with file.open("w", newline="") as f:
-        writer = csv.DictWriter(f, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(f, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, nargs="?", default=Path("bench_out"), metavar="OUT")
+    parser.add_argument("--plot", type=Path, nargs=2, metavar=("CSV", "OUT"))
+    args = parser.parse_args()
+    if args.plot:
+        source, figure = args.plot
+    else:
+        args.out.mkdir(exist_ok=True)
+        name = torch.cuda.get_device_name()
+        print(f"{name}, torch {torch.__version__}, lora_ops {lora_ops.__version__}; by its data sheet {doctor.peaks(name)}")
+        models(args.out)
+        layers(args.out)
+        source, figure = args.out / "gpu.csv", args.out / "gpu"
+    cases = read(source)
+    print(table(cases))
+    plot(cases, figure)
+
+
 if __name__ == "__main__":
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else "bench_out")
-    out.mkdir(exist_ok=True)
-    name = torch.cuda.get_device_name()
-    print(f"{name}, torch {torch.__version__}, lora_ops {lora_ops.__version__}; by its data sheet {doctor.peaks(name)}")
-    models(out)
-    layers(out)
+    main()

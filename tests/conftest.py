@@ -1,14 +1,21 @@
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+from ptx.build import REPOSITORY
 from ptx.device import Device
 
 import lora_ops
 
+sys.path.insert(0, str(REPOSITORY / "tools"))
+
+from cuda_code import disassembles
+
 NO_NVCC = "CUDA kernels were NOT tested: nvcc was not found"
+NO_DISASSEMBLER = "MACHINE CODE of CUDA kernels was NOT looked at: cuobjdump or nvdisasm was not found"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,6 +53,13 @@ def nvcc() -> str:
 
 
 @pytest.fixture(scope="session")
+def disassembler(nvcc: str) -> None:
+    """What tools/cuda_code.py reads machine code with."""
+    if not disassembles():
+        pytest.skip(NO_DISASSEMBLER)
+
+
+@pytest.fixture(scope="session")
 def executor() -> Device:
     """The device without host code: needs no nvcc."""
     return Device(sources=[])
@@ -61,5 +75,7 @@ def device(nvcc: str) -> Device:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if any(NO_NVCC in str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])):
-        terminalreporter.section(NO_NVCC, red=True)
+    skipped = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    for reason in (NO_NVCC, NO_DISASSEMBLER):
+        if any(reason in of for of in skipped):
+            terminalreporter.section(reason, red=True)

@@ -149,6 +149,20 @@ def test_mma_count(device: Device) -> None:
     assert copies.total("sectors") == copies.total("ideal_sectors")
 
 
+def test_base_product_s_work(device: Device) -> None:
+    """dx is copied and stored once, and the tensor cores do the low-rank product alone."""
+    case = make_case((256, 128, 96, 24), Dtypes(BF16, F32), dropout_p=0.1)
+    dS, base = down(case), torch.zeros(256, 128, dtype=BF16)
+    with device.run() as run:
+        launch(run, case, dS, tile="large", base=base)
+    assert run.counters.mma_count == 256 // 16 * (128 // 8) * 3 * 2
+    copies, stores = (run.counters.matching(opcode, entry="gemm_kernel") for opcode in ("cp.async", "st.global"))
+    for some in (copies, stores):
+        assert some.total("global_bytes") == base.nbytes
+        assert some.total("sectors") == some.total("ideal_sectors")
+    assert run.counters.bank_conflicts.matching(entry="gemm_kernel") == []
+
+
 def test_what_is_refused(device: Device) -> None:
     case = make_case((4, 8, 8, 2), Dtypes(F32, F32))
     message = r"lora_backward_dx: takes bf16 or fp16.*M = 4, columns = 8, depth = 8, r = 2"

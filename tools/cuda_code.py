@@ -1,4 +1,4 @@
-"""Machine code of the CUDA kernels: registers, spills, main loops, and how many of their blocks an SM holds."""
+"""Machine code of the CUDA kernels: registers, spills, main loops, wrong predicates, and how many blocks an SM holds."""
 
 import contextlib
 import hashlib
@@ -62,6 +62,7 @@ class Kernel(NamedTuple):
     arch: int
     usage: Usage
     loop: Counter[str]  # instructions of the main loop by class; empty without a disassembler
+    wrong_predicates: int | None  # None without a disassembler
 
 
 def blocks_per_multiprocessor(arch: int, registers: int, threads: int, shared_bytes: int) -> int:
@@ -121,9 +122,24 @@ def main_loop(code: list[tuple[int, str]]) -> Counter[str]:
     return mix
 
 
+def wrong_predicates(code: list[tuple[int, str]]) -> list[str]:
+    """Instructions that do not do what the PTX says. Of max(0, min(a, 8)) == 8, ptxas 13.0 makes one instruction for sm_90,
+
+        VIMNMX.RELU R0, P0, P0, R1, 0x8, PT
+
+    and takes the comparison from its predicates. Where a is negative an H100 sets them as if the result were 8, and it is 0.
+    Where they are PT or left out, nothing is taken from them. The way around it is to compare a itself."""
+    written = re.compile(r"\bU?VIMNMX\S*\.RELU\S*\s+\w+,\s*(?!U?PT,\s*U?PT,)U?P\w+,\s*U?P\w+,")
+    return [text for _, text in code if written.search(text)]
+
+
 def tool(name: str) -> str | None:
     package = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
     return shutil.which(name) or next((str(p) for p in sorted(package.glob(f"*/bin/{name}"))), None)
+
+
+def disassembles() -> bool:
+    return bool(tool("cuobjdump") and tool("nvdisasm"))
 
 
 def demangled(names: Iterable[str]) -> dict[str, str]:
@@ -137,10 +153,10 @@ def demangled(names: Iterable[str]) -> dict[str, str]:
 
 
 def disassembly(cubin: Path) -> dict[str, list[tuple[int, str]]]:
-    """Empty where cuobjdump or nvdisasm is missing."""
+    """By cuobjdump and nvdisasm, which there must be."""
     cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
     if not (cuobjdump and nvdisasm):
-        return {}
+        raise RuntimeError("cuobjdump or nvdisasm was not found (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
     path = f"{Path(nvdisasm).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run([cuobjdump, "-sass", str(cubin)], env={**os.environ, "PATH": path}, capture_output=True, text=True)
     if done.returncode:
@@ -153,8 +169,8 @@ def examine(source: Path, arch: int) -> list[Kernel]:
     kept = CACHE / f"{source.stem}-{arch}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(kept.read_text())
-        if known["main_loops"] == bool(tool("cuobjdump")) and known["inputs"] == digests(known["inputs"]):
-            return [Kernel(s, n, a, Usage(*usage), Counter(loop)) for s, n, a, usage, loop in known["kernels"]]
+        if known["disassembled"] == disassembles() and known["inputs"] == digests(known["inputs"]):
+            return [Kernel(s, n, a, Usage(*usage), Counter(loop), wrong) for s, n, a, usage, loop, wrong in known["kernels"]]
     with tempfile.TemporaryDirectory() as folder:
         cubin, makefile = Path(folder) / "kernels.cubin", Path(folder) / "kernels.d"
         flags = ["-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v", "-cubin"]
@@ -163,12 +179,15 @@ def examine(source: Path, arch: int) -> list[Kernel]:
         if done.returncode:
             raise RuntimeError(done.stderr)
         usage = resource_usage(done.stdout + done.stderr)
-        code = disassembly(cubin)
+        code = disassembly(cubin) if disassembles() else None
         inputs = makefile.read_text().split(":", 1)[1].replace("\\\n", " ").split()
     names = demangled(usage)
-    kernels = [Kernel(source.name, names[n], arch, u, main_loop(code.get(n, []))) for n, u in usage.items()]
+    kernels = []
+    for name, used in usage.items():
+        known = (main_loop(code[name]), len(wrong_predicates(code[name]))) if code is not None else (Counter(), None)
+        kernels.append(Kernel(source.name, names[name], arch, used, *known))
     CACHE.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps({"inputs": digests(inputs), "main_loops": bool(tool("cuobjdump")), "kernels": kernels}))
+    kept.write_text(json.dumps({"inputs": digests(inputs), "disassembled": code is not None, "kernels": kernels}))
     return kernels
 
 

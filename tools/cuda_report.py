@@ -6,8 +6,8 @@
 It takes 20 minutes on two cores, and keeps what it has compiled in build/cuda_report. The tests of the ops run, too: their
 launches say how much shared memory each kernel is given.
 
-Needs nvcc, and for the main loops cuobjdump and nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm). Nothing here
-is a measurement of speed.
+Needs nvcc, and for main loops and predicates cuobjdump and nvdisasm (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm).
+Nothing here is a measurement of speed. It fails where a kernel has a predicate that ptxas got wrong.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from cuda_bounds import ROOT, bounds, figure
-from cuda_code import ARCHS, CLASSES, MULTIPROCESSORS, Kernel, Usage, blocks_per_multiprocessor, examine, tool
+from cuda_code import ARCHS, CLASSES, MULTIPROCESSORS, Kernel, Usage, blocks_per_multiprocessor, disassembles, examine
 from cuda_traffic import CASES, Counted, Kernels, count, fusion, label, launched, per_tensor, wavefronts
 from ptx.device import Counter, Launch
 from tqdm import tqdm
@@ -84,7 +84,8 @@ def write_csv(folder: Path, kernels: list[Kernel], launches: Launches, counted: 
     with open(folder / "cuda_report.csv", "w", newline="") as f:
         table = csv.writer(f, lineterminator="\n")
         launch_columns = ["threads", "shared_bytes", "blocks_per_sm", "warps_per_sm"]
-        table.writerow(["source", "kernel", "sm", *Usage._fields, *launch_columns, *(f"loop_{n}" for n in LOOP)])
+        columns = ["source", "kernel", "sm", *Usage._fields, "wrong_predicates", *launch_columns]
+        table.writerow([*columns, *(f"loop_{n}" for n in LOOP)])
         for k in kernels:
             launch = launches.get(k.name)
             of_launch = (
@@ -93,7 +94,7 @@ def write_csv(folder: Path, kernels: list[Kernel], launches: Launches, counted: 
                 else [""] * 4
             )
             loop = [k.loop[n] if k.loop else "" for n in LOOP]
-            table.writerow([k.source, k.name, k.arch, *k.usage, *of_launch, *loop])
+            table.writerow([k.source, k.name, k.arch, *k.usage, k.wrong_predicates, *of_launch, *loop])
     with open(folder / "cuda_report_counters.csv", "w", newline="") as f:
         table = csv.writer(f, lineterminator="\n")
         numbers = Counter._fields[4:]
@@ -117,8 +118,8 @@ def main() -> None:
     args = parser.parse_args()
     if not shutil.which("nvcc"):
         sys.exit("nvcc was not found")
-    if not (tool("cuobjdump") and tool("nvdisasm")):
-        print("cuobjdump or nvdisasm was not found: NO MAIN LOOPS in the report", file=sys.stderr)
+    if not disassembles():
+        print("cuobjdump or nvdisasm was not found: NO MAIN LOOPS AND NO PREDICATES in the report", file=sys.stderr)
     launches = launched()
     device = Kernels()
     counted = [
@@ -193,6 +194,9 @@ would leave. Those of fp16 are in the CSV.
 {chr(10).join(loops(kernels, args.archs[0]))}
 """
     (args.out / "cuda_report.md").write_text(text)
+    wrong = [f"{k.source} {k.name} sm_{k.arch}" for k in kernels if k.wrong_predicates]
+    if wrong:
+        sys.exit("\n  ".join(["WRONG PREDICATES, see wrong_predicates in tools/cuda_code.py:", *wrong]))
 
 
 if __name__ == "__main__":

@@ -251,6 +251,7 @@ __device__ __forceinline__ void store_out(const Accumulators<TileT>& acc, const 
   __syncthreads();
 
   const Chunks chunks(p, shared, row0, column0);
+  // Not in_chunk(left) == kVectorElements: where left is negative, ptxas 13.0 makes that true on sm_90 (tools/cuda_code.py).
   const bool vector = p.out_vector && chunks.left >= kVectorElements;
 #pragma unroll 2
   for (int i = 0; i < TileT::kRows; i += Chunks::kPassRows) {

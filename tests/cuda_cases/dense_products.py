@@ -111,6 +111,9 @@ def one(kernel: Kernel, _: Device) -> Iterator[Case]:
             mma = shape.M // 16 * (shape.wide // 8) * (shape.deep // 16 + parts * -(-r // 16))
             copied = shape.M // rows * (shape.wide // columns) * (rows + columns) * shape.deep * 2
             yield gemm.of_case(Counts(mma, copied, vectors=True))
+        if weight_rows:  # what out holds is copied, and nothing else
+            counts = Counts(shape.M // 16 * (shape.wide // 8) * -(-r // 16), shape.M * shape.wide * 2, vectors=True)
+            yield gemm._replace(base=True).of_case(counts)
     for i, shape in enumerate(shapes(kernel)):
         case = make(kernel, shape, is_dx, bias=not is_dx and i % 4 != 3, dropout_p=i % 2 / 2 if is_dx else 0.0)
         case = of_whole_numbers(case, is_dx)
