@@ -70,7 +70,7 @@ struct Arithmetic {
                bool accumulate, Ahead ahead);
   // `iterations` steps of a whole tile on registers alone: the bench's 100 %
   float (*multiply_adds)(int64_t iterations);
-  // A packed left tile of k as fp32's pack_left has it, or null
+  // A packed left tile of k as fp32's pack_left has it, where fp32's tiles have as many rows; or null
   void (*widen_left)(const float* tile, int64_t k, float* out) = nullptr;
 };
 

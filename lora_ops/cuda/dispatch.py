@@ -115,9 +115,12 @@ def qlora_forward(x: Tensor, *args, check=qlora_ops.check):  # type: ignore[no-u
     return _forward("qlora_forward", x, weight, *beside)
 
 
-def _qlora_forward_of_checked(x: Tensor, *args):  # type: ignore[no-untyped-def]
-    """Without checking what an NF4Weight has checked."""
-    return qlora_forward(x, *args, check=lambda x, weight, *beside: qlora_ops.check_beside(x, weight.codes, *beside))
+def _check_beside(x: Tensor, weight: Weight, *beside) -> None:  # type: ignore[no-untyped-def]
+    qlora_ops.check_beside(x, weight.codes, *beside)
+
+
+# Without checking what an NF4Weight has checked.
+_qlora_forward_of_checked = functools.partial(qlora_forward, check=_check_beside)
 
 
 def qlora_backward(dy: Tensor, x: Tensor | None, *args):  # type: ignore[no-untyped-def]

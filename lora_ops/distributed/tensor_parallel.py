@@ -38,6 +38,18 @@ class LoraParallel(ParallelStyle):
     gives: Placement
     placements: dict[str, Placement]
 
+    def __init__(
+        self,
+        *,
+        input_layouts: Placement | None = None,
+        output_layouts: Placement | None = None,
+        use_local_output: bool = True,
+    ) -> None:
+        super().__init__()
+        self.input_layouts = input_layouts or self.takes
+        self.output_layouts = output_layouts or type(self).output_layouts
+        self.use_local_output = use_local_output
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         _check(module, device_mesh, self)
         assert isinstance(module, FusedLoraLinear)
@@ -74,22 +86,10 @@ class ColwiseLora(LoraParallel):
             its own (`lora_ops.init`); a 4-bit weight that cannot be cut there.
     """
 
-    takes, gives = Replicate(), Shard(-1)
+    takes, gives, output_layouts = Replicate(), Shard(-1), Shard(-1)
     placements = dict.fromkeys(("weight", "bias", "lora_B", "lora_B_bias", "lora_magnitude_vector"), Shard(0)) | {
         "lora_A": Replicate()
     }
-
-    def __init__(
-        self,
-        *,
-        input_layouts: Placement | None = None,
-        output_layouts: Placement | None = None,
-        use_local_output: bool = True,
-    ) -> None:
-        super().__init__()
-        self.input_layouts = input_layouts or Replicate()
-        self.output_layouts = output_layouts or Shard(-1)
-        self.use_local_output = use_local_output
 
 
 class RowwiseLora(LoraParallel):
@@ -107,20 +107,8 @@ class RowwiseLora(LoraParallel):
         ValueError: as `ColwiseLora`, of in_features; DoRA, whose norms are of whole rows.
     """
 
-    takes, gives = Shard(-1), Partial()
+    takes, gives, output_layouts = Shard(-1), Partial(), Replicate()
     placements = dict.fromkeys(("weight", "lora_A"), Shard(1)) | dict.fromkeys(("bias", "lora_B", "lora_B_bias"), Replicate())
-
-    def __init__(
-        self,
-        *,
-        input_layouts: Placement | None = None,
-        output_layouts: Placement | None = None,
-        use_local_output: bool = True,
-    ) -> None:
-        super().__init__()
-        self.input_layouts = input_layouts or Shard(-1)
-        self.output_layouts = output_layouts or Replicate()
-        self.use_local_output = use_local_output
 
 
 class ParallelLoraLinear(FusedLoraLinear):
