@@ -6,8 +6,8 @@
     bound    1.5 · error of eager + 1 ulp of the result's dtype at the oracle's largest magnitude
 
 and over a grid of shapes the median of error / eager's error is at most 1. NaN and infinities are where eager has them.
-On a GPU (LORA_OPS_TEST_GPU=1), fp32 results are given 3 ulp: tensor cores cut their sums off where eager's arithmetic rounds,
-once for each product of parts of fp32 operands.
+On a GPU (LORA_OPS_TEST_GPU=1, or tensors there), fp32 results are given 6 ulp: tensor cores cut their sums off, every 16
+values of k, where eager's arithmetic rounds.
 
 Training runs that differ by rounding alone drift apart step by step; their losses lie within LOSS of each other.
 """
@@ -176,6 +176,7 @@ def error(actual: Tensor, eager: Tensor, exact: Tensor) -> Error:
     The places are the exact result's: where a row of x is infinite, oneDNN's AMX product has NaN in other rows too.
     """
     assert (actual.dtype, actual.shape) == (eager.dtype, eager.shape)
+    on_gpu = ON_GPU or actual.is_cuda
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
         assert torch.equal(kind(actual), kind(exact.to(eager.dtype))), f"{kind.__name__} in other places than the exact result"
     info, finite = torch.finfo(eager.dtype), eager.isfinite() & actual.isfinite()
@@ -184,8 +185,8 @@ def error(actual: Tensor, eager: Tensor, exact: Tensor) -> Error:
         return Error(0.0, 0.0, 0.0)
     _, exponent = math.frexp(exact.abs().max().item())
     ulp = info.eps * max(2.0 ** (exponent - 1), info.smallest_normal)
-    if ON_GPU and info.dtype == "float32":
-        ulp *= 3
+    if on_gpu and info.dtype == "float32":
+        ulp *= 6
     return Error((actual - exact).abs().max().item(), (eager - exact).abs().max().item(), ulp)
 
 

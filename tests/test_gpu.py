@@ -16,7 +16,6 @@ from compare import (
     BF16,
     F16,
     F32,
-    ON_GPU,
     SHAPES,
     Case,
     Dtypes,
@@ -82,12 +81,6 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("LORA_OPS_CACHE", str(tmp_path))
 
 
-def gpu_error(actual: Tensor, eager: Tensor, exact: Tensor) -> Error:
-    """As compare.py has it for a GPU, whether or not the suite was told of one."""
-    e = error(actual, eager, exact)
-    return e._replace(ulp=3 * e.ulp) if actual.dtype == F32 and not ON_GPU else e
-
-
 def case_errors(case: Case) -> dict:
     found = {}
     for backward in (False, True):
@@ -96,7 +89,7 @@ def case_errors(case: Case) -> dict:
         else:
             fused, exact = fused_lora, oracle(case, backward=backward)
         actual, eager = run(fused, case, backward=backward), run(eager_lora, case, backward=backward)
-        found |= {name: gpu_error(actual[name], eager[name], exact[name]) for name in actual}
+        found |= {name: error(actual[name], eager[name], exact[name]) for name in actual}
     return found
 
 
