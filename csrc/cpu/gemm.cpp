@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kLeftBytes = 12 << 20;  // of a block of M, packed
 constexpr int64_t kFlushSteps = 256;      // blocks of the reduction are multiples of the micro-kernel's longest chain
 constexpr int64_t kMostGroup = 4;         // panels that a tile of the left operand passes over while it is in L1 / L2
+constexpr int64_t kMostKeptGroup = 2;     // the next kept panels come up meanwhile, and have to fit beside them
 constexpr int64_t kKeptSteps = 1024;      // block of the reduction in kept panels
 constexpr int64_t kLine = 64;
 #if defined(LORA_OPS_MULTIPLY_ADDS_PER_THREAD)  // tools/sanitize.py
@@ -163,7 +164,7 @@ void Product::plan(int threads) {
     const int64_t most = std::max(kFlushSteps, l2_bytes() / 2 / (kMostGroup * k.panel() * 4) / kFlushSteps * kFlushSteps);
     block_steps = ceil_div(ceil_div(steps, ceil_div(steps, most)), kFlushSteps) * kFlushSteps;
   }
-  const int64_t most_group = given.group ? given.group : panels ? kMostGroup : 2 * kMostGroup;
+  const int64_t most_group = given.group ? given.group : panels ? kMostKeptGroup : 2 * kMostGroup;
   k_block = std::min(block_steps * arithmetic.k_per_step, std::max<int64_t>(R, 1));
   group = std::clamp<int64_t>(l2_bytes() / 2 / (std::min(block_steps, steps) * k.panel() * 4), 1, most_group);
   group = std::clamp<int64_t>(count / (8 * threads), 1, group);  // enough groups for an even split

@@ -19,7 +19,7 @@
 namespace lora_ops {
 namespace {
 
-constexpr int64_t kDotBlock = 1024;  // reduction block: kDotRows rows of x stay in L1
+constexpr int64_t kDotBytes = 32 << 10;  // of x in a block of the reduction: it stays in L1
 
 bool in_pairs(const LoraForward& p, const Kernels& k) {
   return k.pairs.dot && p.x.dtype == DType::bf16 && p.weight.dtype == DType::bf16;
@@ -161,7 +161,8 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
   if (in_strips) strips.emplace(k, p, threads, workspace);
   const int64_t panels = ceil_div(p.N, k.panel()), r_panels = ceil_div(p.r, k.panel());
   // One row streams through whole rows of W0; more are cut so that their block of x stays in L1.
-  const int64_t k_block = p.M <= 2 ? stride : kDotBlock;
+  const int64_t blocks = p.M <= 2 ? 1 : ceil_div(tiles.size(0) * stride * element, kDotBytes);
+  const int64_t k_block = ceil_div(ceil_div(stride, blocks), kChunk) * kChunk;
 
   const auto order = [&](int64_t i) {
     Mask mask;

@@ -152,13 +152,16 @@ struct NestedScales {
   }
 };
 
-// c[i][j] += left[i] · weight[row + j] over [k0, k0 + k) for kLeft x kRight pairs, at most kLanes. kWide: two groups share a
-// block. The scale of block b, counted from the first one of the row that is used, is scales[j][nested ? nested[j][b] : b].
-template <int kLeft, int kRight, bool kWide, bool kNestedOnce>
+// Of a row's groups: one to a block, two or more, or two in a row of whole chunks, where a block's scale is found the fastest.
+enum class Blocks { one, wide, chunks };
+
+// c[i][j] += left[i] · weight[row + j] over [k0, k0 + k) for kLeft x kRight pairs, at most kLanes. The scale of block b,
+// counted from the first one of the row that is used, is scales[j][nested ? nested[j][b] : b].
+template <int kLeft, int kRight, Blocks kBlocks, bool kNestedOnce>
 void dot_code_pairs_rows(const float* left, int64_t left_stride, const QuantizedWeight& w, int64_t row, int64_t k0, int64_t k,
                          NestedScales& of_codes, float* c) {
   constexpr bool kScaledSums = kLeft <= 2;
-  constexpr int kPerBlock = kWide ? 2 : 1;
+  constexpr int kPerBlock = kBlocks == Blocks::one ? 1 : 2;
   const int64_t bytes = row_bytes(w.K);
   const int shift = __builtin_ctzll(static_cast<unsigned long long>(w.blocksize));
   const __m512 values = V::load(w.values);
@@ -168,7 +171,7 @@ void dot_code_pairs_rows(const float* left, int64_t left_stride, const Quantized
   for (int a = 0; a < kLanes; ++a) acc[a] = V::zero();
   for (int64_t s = 0; s < k; s += kScaleSpan) {
     const int64_t count = k - s < kScaleSpan ? k - s : kScaleSpan;
-    float computed[kNestedOnce ? 1 : kRight][kScaleSpan / kGroup + kGroups + kLanes];
+    float computed[kNestedOnce ? 1 : kRight][kScaleSpan / kGroup + kGroups + 1 + kLanes];
     const float* scales[kRight];
     const uint8_t* nested[kRight] = {};
     int64_t at[kRight];    // of the span's first weight, in the row's blocks
@@ -177,44 +180,57 @@ void dot_code_pairs_rows(const float* left, int64_t left_stride, const Quantized
     for (int j = 0; j < kRight; ++j) {
       const int64_t flat = (row + j) * w.K + k0 + s, first = flat >> shift;
       at[j] = flat - (first << shift);
+      const int64_t blocks = ((flat + count - 1) >> shift) - first + 1;
+      last[j] = blocks - 1;
       if constexpr (kNestedOnce) {
-        last[j] = (flat + count - 1 - (first << shift)) >> shift;
         scales[j] = of_codes.in(w, first / kNested);
         nested[j] = static_cast<const uint8_t*>(w.absmax) + first;
       } else {
-        const int64_t blocks = ((flat + count - 1) >> shift) - first + 1;
         scales_of(w, first, blocks, computed[j]);
-        for (int g = 0; g < kGroups; ++g) computed[j][blocks + g] = 0.f;  // groups of the last chunk beyond the row: x is zero
+        for (int g = 0; g <= kGroups; ++g) computed[j][blocks + g] = 0.f;
         scales[j] = computed[j];
       }
     }
+    // Of group g of the chunk at c. Beyond the row x is zero: any scale will do.
+    const auto scale_of = [&](int j, int64_t c, int g) __attribute__((always_inline)) {
+      int64_t block = kBlocks == Blocks::chunks ? c / (2 * kGroup) + g / 2 : (at[j] + c + g * kGroup) >> shift;
+      if (kBlocks != Blocks::chunks && kNestedOnce && block > last[j]) block = last[j];
+      return scales[j] + (kNestedOnce ? nested[j][block] : block);
+    };
+    __m512i table[2][kRight];  // of a block and of the next: made while the one before is multiplied, or those products wait
+#pragma GCC unroll 4
+    for (int j = 0; j < kRight; ++j) table[0][j] = table[1][j] = kScaledSums ? plain : pair_table(values, *scale_of(j, 0, 0));
     for (int64_t c0 = 0; c0 < count; c0 += kChunk) {
+      const int64_t next = c0 + kChunk < count ? c0 + kChunk : 0;
       uint8_t own[kRight][kChunkBytes];
+      const uint8_t* chunk[kRight];
       __m512i words[kRight];
 #pragma GCC unroll 4
       for (int j = 0; j < kRight; ++j) {
         const uint8_t* codes = w.codes + (row + j) * bytes;
         __builtin_prefetch(codes + (k0 + s + c0) / 2 + kRight * bytes, 0, 3);  // the rows after these
-        words[j] = _mm512_loadu_si512(chunk_at(codes, k0 + s + c0, w.K, own[j]));
+        chunk[j] = chunk_at(codes, k0 + s + c0, w.K, own[j]);
+        words[j] = _mm512_loadu_si512(chunk[j]);
       }
 #pragma GCC unroll 4
       for (int b = 0; b < kGroups; b += kPerBlock) {
-        __m512i table[kRight];
-        __m512 by[kRight], sum[kLeft][kRight];
-#pragma GCC unroll 4
-        for (int j = 0; j < kRight; ++j) {
-          const int64_t block = (at[j] + c0 + b * kGroup) >> shift;
-          // Beyond the row x is zero: any scale will do.
-          const float* of_block = scales[j] + (kNestedOnce ? nested[j][block < last[j] ? block : last[j]] : block);
-          by[j] = _mm512_set1_ps(*of_block);
-          table[j] = kScaledSums ? plain : pair_table(values, *of_block);
-        }
+        const int now = b / kPerBlock % 2;
+        __m512 sum[kLeft][kRight];
 #pragma GCC unroll 2
         for (int g = b; g < b + kPerBlock; ++g) {
           __m512bh weights[kRight];
 #pragma GCC unroll 4
           for (int j = 0; j < kRight; ++j) {
-            weights[j] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(_mm512_srli_epi16(words[j], 4 * g), table[j]));
+            const __m512i codes = _mm512_srli_epi16(kScaledSums ? words[j] : _mm512_loadu_si512(chunk[j]), 4 * g);
+            weights[j] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(codes, table[now][j]));
+          }
+          if (!kScaledSums && g == b) {
+#pragma GCC unroll 4
+            for (int j = 0; j < kRight; ++j) {
+              const int after = (b + kPerBlock) % kGroups;
+              table[1 - now][j] = pair_table(values, *scale_of(j, after ? c0 : next, after));
+              asm volatile("" : "+v"(table[1 - now][j]));  // here, not where it is used
+            }
           }
 #pragma GCC unroll 8
           for (int i = 0; i < kLeft; ++i) {
@@ -227,10 +243,12 @@ void dot_code_pairs_rows(const float* left, int64_t left_stride, const Quantized
           }
         }
         if (!kScaledSums) continue;
-#pragma GCC unroll 8
-        for (int i = 0; i < kLeft; ++i)
 #pragma GCC unroll 4
-          for (int j = 0; j < kRight; ++j) acc[i * kRight + j] = V::fma(sum[i][j], by[j], acc[i * kRight + j]);
+        for (int j = 0; j < kRight; ++j) {
+          const __m512 by = _mm512_set1_ps(*scale_of(j, c0, b));
+#pragma GCC unroll 8
+          for (int i = 0; i < kLeft; ++i) acc[i * kRight + j] = V::fma(sum[i][j], by, acc[i * kRight + j]);
+        }
       }
     }
   }
@@ -242,34 +260,39 @@ void dot_code_pairs_rows(const float* left, int64_t left_stride, const Quantized
     for (int j = 0; j < kRight; ++j) c[i * kPanel + j] += sums[i * kRight + j];
 }
 
-template <bool kWide, int kLeft = 1>
+template <Blocks kBlocks, int kLeft = 1>
 void dot_code_pairs_as(int rows, const float* left, int64_t left_stride, const QuantizedWeight& w, int64_t row, int cols,
                        int64_t k0, int64_t k, float* c) {
   if constexpr (kLeft <= kDotRows) {
-    if (rows > kLeft) return dot_code_pairs_as<kWide, 2 * kLeft>(rows, left, left_stride, w, row, cols, k0, k, c);
+    if (rows > kLeft) return dot_code_pairs_as<kBlocks, 2 * kLeft>(rows, left, left_stride, w, row, cols, k0, k, c);
     constexpr int kRight = kLeft == 8 ? 2 : 4;
     NestedScales scales;
-    const auto group_of = [&](int64_t n, int64_t at) { return (n * w.K + at) / w.blocksize / kNested; };
+    const int shift = __builtin_ctzll(static_cast<unsigned long long>(w.blocksize) * kNested);
+    const auto group_of = [&](int64_t n, int64_t at) { return (n * w.K + at) >> shift; };
     int j = 0;
     for (; j + kRight <= cols; j += kRight) {
       const int64_t first = row + j, last = first + kRight - 1;
       const bool once = w.nested_code && group_of(first, k0) == group_of(last, k0 + k - 1);
-      const auto of = once ? dot_code_pairs_rows<kLeft, kRight, kWide, true> : dot_code_pairs_rows<kLeft, kRight, kWide, false>;
+      const auto of =
+          once ? dot_code_pairs_rows<kLeft, kRight, kBlocks, true> : dot_code_pairs_rows<kLeft, kRight, kBlocks, false>;
       of(left, left_stride, w, first, k0, k, scales, c + j);
     }
-    for (; j < cols; ++j) dot_code_pairs_rows<kLeft, 1, kWide, false>(left, left_stride, w, row + j, k0, k, scales, c + j);
+    for (; j < cols; ++j) dot_code_pairs_rows<kLeft, 1, kBlocks, false>(left, left_stride, w, row + j, k0, k, scales, c + j);
   }
 }
 
 inline void dot_code_pairs(int rows, const float* left, int64_t left_stride, const QuantizedWeight& w, int64_t row, int cols,
                            int64_t k0, int64_t k, float* c) {
   const bool wide = w.blocksize >= 2 * kGroup && w.K % (2 * kGroup) == 0;
-  (wide ? dot_code_pairs_as<true> : dot_code_pairs_as<false>)(rows, left, left_stride, w, row, cols, k0, k, c);
+  const bool chunks = w.blocksize == 2 * kGroup && w.K % kChunk == 0;
+  (chunks ? dot_code_pairs_as<Blocks::chunks>
+   : wide ? dot_code_pairs_as<Blocks::wide>
+          : dot_code_pairs_as<Blocks::one>)(rows, left, left_stride, w, row, cols, k0, k, c);
 }
 
 constexpr Kernels with_pair_dots(Kernels kernels) {
   kernels.pairs = {dot_pairs, order_pairs};
   kernels.codes_bf16 = {dot_code_pairs, order_pairs, sizeof(uint16_t)};
-  kernels.few_rows_bf16 = {24, 12, 24, 24};
+  kernels.few_rows_bf16 = {24, 12, 40, 40};
   return kernels;
 }

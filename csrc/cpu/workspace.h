@@ -81,7 +81,7 @@ class Workspace {
 
   char* bytes(size_t size) {
     [[maybe_unused]] const size_t wanted = size;  // by ASan
-    size = (size + 63) / 64 * 64 + 64;  // a line between neighbours
+    size = (size + 63) / 64 * 64 + 64;            // a line between neighbours
     if (chunks_.empty() || chunks_.back().size - chunks_.back().used < size) grow(size);
     Chunk& c = chunks_.back();
     char* p = c.data.get() + c.used;
