@@ -115,12 +115,14 @@ struct V {
     first = _mm512_permutex2var_ps(even, low, odd);
     second = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd);
   }
-  // `count` <= kLanes scales: rounded after the product and after the sum, so the two must not become one operation
+  // `count` <= kLanes scales: rounded after the product and after the sum, so the two must not become one operation. One by one:
+  // a gather takes longer.
   static void scales(const uint8_t* codes, int count, const float* nested_code, float nested_absmax, float offset, float* out) {
-    const __m512i index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), codes));
-    T v = _mm512_mul_ps(_mm512_i32gather_ps(index, nested_code, 4), _mm512_set1_ps(nested_absmax));
-    pin(v);
-    store(out, _mm512_add_ps(v, _mm512_set1_ps(offset)));
+    for (int i = 0; i < count; ++i) {
+      float v = nested_code[codes[i]] * nested_absmax;
+      asm("" : "+x"(v));
+      out[i] = v + offset;
+    }
   }
 
   static U set(uint32_t v) { return _mm512_set1_epi32(static_cast<int>(v)); }

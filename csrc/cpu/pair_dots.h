@@ -293,6 +293,6 @@ inline void dot_code_pairs(int rows, const float* left, int64_t left_stride, con
 constexpr Kernels with_pair_dots(Kernels kernels) {
   kernels.pairs = {dot_pairs, order_pairs};
   kernels.codes_bf16 = {dot_code_pairs, order_pairs, sizeof(uint16_t)};
-  kernels.few_rows_bf16 = {24, 12, 40, 40};
+  kernels.few_rows_bf16 = {24, 12, 24, 24};
   return kernels;
 }
