@@ -157,9 +157,11 @@ def dispatcher_has_no_say(args: tuple[Any, ...], gpu: bool = False) -> bool:
     mode, no tracer."""
     if torch.compiler.is_compiling():
         return False
+    for t in args:
+        if type(t) not in _PLAIN and isinstance(t, Tensor):
+            return False
     return (
         (args[0].is_cpu or (gpu and args[0].is_cuda))
-        and all(type(t) in _PLAIN for t in args if isinstance(t, Tensor))
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
         and not transformed()

@@ -78,7 +78,8 @@ class Weight(NamedTuple):
 
 
 def weight_of(qweight: NF4Weight) -> Weight:
-    return Weight(*(getattr(qweight, name) for name in Weight._fields))
+    q = qweight
+    return Weight(q.codes, q.absmax, q.nested_absmax, q.nested_code, q.offset, q.blocksize, q.quant_type)
 
 
 def operand_of(weight: Tensor | NF4Weight) -> tuple[list[Tensor], int, str]:

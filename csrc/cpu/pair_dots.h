@@ -202,18 +202,25 @@ void dot_code_pairs_rows(const float* left, int64_t left_stride, const Quantized
     for (int j = 0; j < kRight; ++j) table[0][j] = table[1][j] = kScaledSums ? plain : pair_table(values, *scale_of(j, 0, 0));
     for (int64_t c0 = 0; c0 < count; c0 += kChunk) {
       const int64_t next = c0 + kChunk < count ? c0 + kChunk : 0;
-      uint8_t own[kRight][kChunkBytes];
+      const bool whole = kBlocks == Blocks::chunks || stored_weights(w.K - (k0 + s + c0)) == kChunk;
+      alignas(64) uint8_t own[kRight][kChunkBytes];  // of short tails
       const uint8_t* chunk[kRight];
       __m512i words[kRight];
 #pragma GCC unroll 4
       for (int j = 0; j < kRight; ++j) {
-        const uint8_t* codes = w.codes + (row + j) * bytes;
-        __builtin_prefetch(codes + (k0 + s + c0) / 2 + kRight * bytes, 0, 3);  // the rows after these
-        chunk[j] = chunk_at(codes, k0 + s + c0, w.K, own[j]);
-        words[j] = _mm512_loadu_si512(chunk[j]);
+        chunk[j] = w.codes + (row + j) * bytes + (k0 + s + c0) / 2;
+        __builtin_prefetch(chunk[j] + kRight * bytes, 0, 3);  // the rows after these
+        if (whole) {
+          words[j] = _mm512_loadu_si512(chunk[j]);
+        } else {
+          words[j] = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(chunk[j])));
+          _mm512_store_si512(own[j], words[j]);
+          chunk[j] = own[j];
+        }
       }
 #pragma GCC unroll 4
       for (int b = 0; b < kGroups; b += kPerBlock) {
+        if (b >= kGroups / 2 && !whole) break;
         const int now = b / kPerBlock % 2;
         __m512 sum[kLeft][kRight];
 #pragma GCC unroll 2
