@@ -269,8 +269,9 @@ def test_loftq_in_files(tmp_path) -> None:
     loaded = lora_ops.load_adapter(copy.deepcopy(base), tmp_path)
     assert nearness(loaded(x), model(x)) < 1e-5
     for loftq_config, message in (
-        ({"loftq_bits": 8}, 'must have "loftq_iter" >= 1 and "loftq_bits" = 4 alone'),
-        ({"loftq_iter": 0}, 'must have "loftq_iter" >= 1'),
+        ({"loftq_bits": 8}, 'must have "loftq_iter" from 1 to 100 and "loftq_bits" = 4 alone'),
+        ({"loftq_iter": 0}, 'must have "loftq_iter" from 1 to 100'),
+        ({"loftq_iter": 10**9}, 'must have "loftq_iter" from 1 to 100'),  # a damaged file's: it would never end
     ):
         with pytest.raises(ValueError, match=message):
             LoraConfig(init_lora_weights="loftq", loftq_config=loftq_config)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..nn.settings import AdapterSettings
+from ..nn.settings import MOST_ITERATIONS, AdapterSettings
 from ..registry import method
 
 Targets = Iterable[str] | str | None
@@ -181,8 +181,9 @@ def _check_loftq(config: dict[str, int], init_lora_weights: bool | str) -> None:
         raise ValueError(f'loftq_config must be empty without init_lora_weights="loftq", got {config!r}')
     for key, value in config.items():
         whole = isinstance(value, int) and not isinstance(value, bool)
-        if not (key == "loftq_iter" and whole and value >= 1) and not (key == "loftq_bits" and value == 4):
-            raise ValueError(f'loftq_config must have "loftq_iter" >= 1 and "loftq_bits" = 4 alone, got {key!r}: {value!r}')
+        if not (key == "loftq_iter" and whole and 1 <= value <= MOST_ITERATIONS) and not (key == "loftq_bits" and value == 4):
+            fit = f'"loftq_iter" from 1 to {MOST_ITERATIONS} and "loftq_bits" = 4 alone'
+            raise ValueError(f"loftq_config must have {fit}, got {key!r}: {value!r}")
 
 
 def _check_modules_to_save(names: list[str] | None) -> None:

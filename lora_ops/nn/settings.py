@@ -7,6 +7,9 @@ from typing import TypedDict
 import torch
 from torch import nn
 
+# Of initialisations that have them. The papers take 16 at most; a file that asks for a billion is damaged.
+MOST_ITERATIONS = 100
+
 
 class AdapterOptions(TypedDict, total=False):
     """By keyword, beside r: see `AdapterSettings`."""
