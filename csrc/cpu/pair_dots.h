@@ -69,9 +69,9 @@ void dot_pairs_rows(const float* left, int64_t left_stride, const Matrix& right,
 }
 
 // One row of x: the weight's rows one after the other, a single stream, which is what the hardware fetches best; its
-// prefetchers stop at the end of a page, hence pages ahead: two, one would be too late.
+// prefetchers stop at the end of a page, hence pages ahead: four, fewer would be too late.
 inline void dot_pairs_one(const float* left, const Matrix& right, int cols, int64_t k, float* c) {
-  constexpr int kChains = 4, kPages = 2 * 4096;
+  constexpr int kChains = 4, kPages = 4 * 4096;
   const uint16_t* x = pair_row(left, 0, 0);
   for (int j0 = 0; j0 < cols; j0 += kLanes) {
     __m512 sums[kLanes];
