@@ -120,6 +120,9 @@ inline void dot(int rows, const float* left, int64_t left_stride, const Matrix& 
   LORA_OPS_BY_DTYPE(right.dtype, dot_as, rows, left, left_stride, right, cols, k, c)
 }
 
+// Bytes that short rows are fetched ahead: they are read between panels of a weight, in pieces too small for any prefetcher.
+constexpr int64_t kShortAhead = 4096;
+
 // c = left · right[j] for `rows` <= kLanes right rows, all of them and whole vectors of k if kWhole.
 template <DType kType, bool kWhole>
 void dot_short_rows(const float* left, const char* row, int64_t stride, int rows, int64_t k, float* c) {
@@ -128,6 +131,7 @@ void dot_short_rows(const float* left, const char* row, int64_t stride, int rows
   for (int a = 0; a < kLanes; ++a) acc[a] = V::zero();
   for (int64_t k0 = 0; k0 < k; k0 += kLanes) {
     const auto x = V::load(left + k0);
+    for (int a = 0; a < rows; ++a) __builtin_prefetch(row + a * stride + k0 * size_of(kType) + kShortAhead, 0, 2);
     if constexpr (kWhole) {
 #pragma GCC unroll 16
       for (int a = 0; a < kLanes; ++a) acc[a] = V::fma(x, load_as<kType>(row + a * stride, k0), acc[a]);

@@ -130,7 +130,8 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
 }
 
 void forward_few_rows(const LoraForward& p, const Kernels& k) {
-  const int threads = useful_threads(p.threads, p.M * p.K * p.N);
+  // Few rows by 4-bit weights are multiplied before another thread is awake.
+  const int threads = useful_threads(p.threads, p.M * p.K * p.N / (p.quantized.codes ? 4 : 1));
   const int64_t stride = ceil_div(p.K, kChunk) * kChunk;  // a multiple of every panel too
   const bool codes = p.quantized.codes, in_strips = Strips::fit(p, k), pairs = !codes && !in_strips && in_pairs(p, k);
   const bool same = !p.dropout.threshold && !codes && !in_strips && !pairs &&

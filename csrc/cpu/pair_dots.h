@@ -155,6 +155,8 @@ struct NestedScales {
 // Of a row's groups: one to a block, two or more, or two in a row of whole chunks, where a block's scale is found the fastest.
 enum class Blocks { one, wide, chunks };
 
+constexpr int64_t kCodesAhead = 8192;  // bytes that codes are fetched ahead, or kRight rows
+
 // c[i][j] += left[i] · weight[row + j] over [k0, k0 + k) for kLeft x kRight pairs, at most kLanes. The scale of block b,
 // counted from the first one of the row that is used, is scales[j][nested ? nested[j][b] : b].
 template <int kLeft, int kRight, Blocks kBlocks, bool kNestedOnce>
@@ -164,6 +166,7 @@ void dot_code_pairs_rows(const float* left, int64_t left_stride, const Quantized
   constexpr int kPerBlock = kBlocks == Blocks::one ? 1 : 2;
   const int64_t bytes = row_bytes(w.K);
   const int shift = __builtin_ctzll(static_cast<unsigned long long>(w.blocksize));
+  const int64_t ahead = kRight * bytes > kCodesAhead ? kRight * bytes : kCodesAhead;
   const __m512 values = V::load(w.values);
   const __m512i plain = pair_table(values, 1.f);
   __m512 acc[kLanes];
@@ -209,7 +212,7 @@ void dot_code_pairs_rows(const float* left, int64_t left_stride, const Quantized
 #pragma GCC unroll 4
       for (int j = 0; j < kRight; ++j) {
         chunk[j] = w.codes + (row + j) * bytes + (k0 + s + c0) / 2;
-        __builtin_prefetch(chunk[j] + kRight * bytes, 0, 3);  // the rows after these
+        __builtin_prefetch(chunk[j] + ahead, 0, 3);
         if (whole) {
           words[j] = _mm512_loadu_si512(chunk[j]);
         } else {
