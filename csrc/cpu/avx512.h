@@ -115,8 +115,8 @@ struct V {
     first = _mm512_permutex2var_ps(even, low, odd);
     second = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd);
   }
-  // `count` <= kLanes scales: rounded after the product and after the sum, so the two must not become one operation. One by one:
-  // a gather takes longer.
+  // `count` <= kLanes scales: rounded after the product and after the sum, so the two must not become one operation.
+  // One by one: a gather takes longer.
   static void scales(const uint8_t* codes, int count, const float* nested_code, float nested_absmax, float offset, float* out) {
     for (int i = 0; i < count; ++i) {
       float v = nested_code[codes[i]] * nested_absmax;
