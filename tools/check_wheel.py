@@ -69,7 +69,7 @@ def test(python: str | Path) -> None:
     """The core of the suite against what is installed: from a copy, so that the package beside the tests is not in sight."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("csrc", "pyproject.toml"):
+        for name in ("csrc", "tools", "pyproject.toml"):
             (Path(folder) / name).symlink_to(ROOT / name)
         files = [f"tests/test_{name}.py" for name in TESTS]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
