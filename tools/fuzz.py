@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent.resolve()
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-# What the readers may grow by behind the first tenth of a run: MiB, and bytes per execution. safetensors 0.8 loses the numbers of
-# a shape that are over 256, 28 bytes each (measured: 92 bytes for a file of two tensors of 300 x 500).
+# What the readers may grow by behind the first tenth of a run: MiB, and bytes per execution. safetensors 0.8 loses the numbers
+# of a shape that are over 256, 28 bytes each (measured: 92 bytes for a file of two tensors of 300 x 500).
 GROWTH, GROWTH_EACH = 32, 100
 
 
