@@ -31,6 +31,7 @@ namespace amx {
 #include "avx512.h"
 #include "micro.h"
 #include "pairs.h"
+#include "transposed_codes.h"
 
 constexpr int kTileSteps = 16;             // steps of one product: 32 k
 constexpr int kTileRows = 16;              // rows of a tile register
@@ -153,17 +154,18 @@ float multiply_adds_bf16(int64_t iterations) {
 
 }  // namespace amx
 
-const Kernels kAmx = amx::with_strips(amx::with_pairs(amx::table("amx", {2 * amx::kTileRows,
-                                                                         2,
-                                                                         amx::kTileSteps,
-                                                                         {128, 8, 512},
-                                                                         amx::begin,
-                                                                         amx::end,
-                                                                         amx::pack_left,
-                                                                         amx::pack_pairs_transposed<amx::kTileSteps>,
-                                                                         amx::pack_pairs_straight<amx::kTileSteps>,
-                                                                         amx::tile_bf16,
-                                                                         amx::multiply_adds_bf16})));
+const Kernels kAmx =
+    amx::with_strips(amx::with_pairs(amx::with_decode_transposed(amx::table("amx", {2 * amx::kTileRows,
+                                                                                    2,
+                                                                                    amx::kTileSteps,
+                                                                                    {128, 8, 512},
+                                                                                    amx::begin,
+                                                                                    amx::end,
+                                                                                    amx::pack_left,
+                                                                                    amx::pack_pairs_transposed<amx::kTileSteps>,
+                                                                                    amx::pack_pairs_straight<amx::kTileSteps>,
+                                                                                    amx::tile_bf16,
+                                                                                    amx::multiply_adds_bf16}))));
 
 }  // namespace lora_ops
 

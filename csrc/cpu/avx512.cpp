@@ -14,9 +14,10 @@ namespace lora_ops {
 namespace avx512 {
 #include "avx512.h"
 #include "micro.h"
+#include "transposed_codes.h"
 }  // namespace avx512
 
-const Kernels kAvx512 = avx512::table("avx512", Arithmetic{});
+const Kernels kAvx512 = avx512::with_decode_transposed(avx512::table("avx512", Arithmetic{}));
 
 }  // namespace lora_ops
 

@@ -19,6 +19,7 @@ namespace avx512_bf16 {
 #include "micro.h"
 #include "pair_dots.h"
 #include "pairs.h"
+#include "transposed_codes.h"
 
 struct Bf16Pairs {
   static __m512 multiply_add(__m512 a, __m512 b, __m512 c) {
@@ -28,19 +29,19 @@ struct Bf16Pairs {
 
 }  // namespace avx512_bf16
 
-const Kernels kAvx512Bf16 = avx512_bf16::with_pair_dots(
-    avx512_bf16::with_pairs(avx512_bf16::table("avx512_bf16", {avx512_bf16::V::kRows,
-                                                               2,
-                                                               1,
-                                                               {},
-                                                               nullptr,
-                                                               nullptr,
-                                                               avx512_bf16::pack_pairs_transposed<1>,
-                                                               avx512_bf16::pack_pairs_transposed<1>,
-                                                               avx512_bf16::pack_pairs_straight<1>,
-                                                               avx512_bf16::tile<avx512_bf16::Bf16Pairs>,
-                                                               avx512_bf16::multiply_adds<avx512_bf16::Bf16Pairs>,
-                                                               avx512_bf16::widen_pairs})));
+const Kernels kAvx512Bf16 = avx512_bf16::with_pair_dots(avx512_bf16::with_pairs(
+    avx512_bf16::with_decode_transposed(avx512_bf16::table("avx512_bf16", {avx512_bf16::V::kRows,
+                                                                           2,
+                                                                           1,
+                                                                           {},
+                                                                           nullptr,
+                                                                           nullptr,
+                                                                           avx512_bf16::pack_pairs_transposed<1>,
+                                                                           avx512_bf16::pack_pairs_transposed<1>,
+                                                                           avx512_bf16::pack_pairs_straight<1>,
+                                                                           avx512_bf16::tile<avx512_bf16::Bf16Pairs>,
+                                                                           avx512_bf16::multiply_adds<avx512_bf16::Bf16Pairs>,
+                                                                           avx512_bf16::widen_pairs}))));
 
 }  // namespace lora_ops
 

@@ -72,8 +72,12 @@ void pack_quantized(const Kernels& k, const Arithmetic& arithmetic, const Quanti
       const int rows = static_cast<int>(std::clamp<int64_t>(C - j, 0, k.lanes));
       for (int64_t s = 0; s < count; s += kMostDecoded) {
         const int64_t here = std::min<int64_t>(kMostDecoded, count - s);
-        for (int i = 0; i < rows; ++i) k.decode(weight, j + i, k0 + s, here, type, decoded.at(i, 0), group_stride);
         float* to = out + v * vector_stride + s / arithmetic.k_per_step * k.lanes;
+        if (type == DType::f32 && k.decode_transposed && weight.K % 32 == 0) {
+          k.decode_transposed(weight, j, rows, k0 + s, here, to);
+          continue;
+        }
+        for (int i = 0; i < rows; ++i) k.decode(weight, j + i, k0 + s, here, type, decoded.at(i, 0), group_stride);
         arithmetic.pack_transposed(decoded, rows, here, Mask{}, to);
       }
     }

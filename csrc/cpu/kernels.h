@@ -117,6 +117,8 @@ struct Kernels {
   // Columns [k0, k0 + k) of a row of a 4-bit weight as fp32 or bf16, k0 a multiple of 128, k <= kMostDecoded: groups of 32,
   // `group_stride` bytes apart, whole ones.
   void (*decode)(const QuantizedWeight& w, int64_t row, int64_t k0, int64_t k, DType to, char* out, int64_t group_stride);
+  // out[step][i] = weight[row + i][k0 + step] in fp32, as pack_transposed has it: K of 32, else as `decode`; or null
+  void (*decode_transposed)(const QuantizedWeight& w, int64_t row, int rows, int64_t k0, int64_t k, float* out);
   // y[i][j] = c[i][j] + bias[j], rounded once to y's type
   void (*store_tile)(const float* c, int rows, int cols, const Matrix& bias, const Matrix& y);
   // c[i][j] (+)= y[i][j]
