@@ -39,7 +39,7 @@ class LoraConfig:
         exclude_modules: layers that get none although `target_modules` names them: a list or a regular expression.
         init_lora_weights: True, False, "gaussian", or, for linear layers, one of `lora_ops.init` that needs no data, see
             `FusedLoraLinear`. Those that do: `lora_ops.init.initialize`.
-        loftq_config: of "loftq": {"loftq_iter": T}, T = 1 without it; "loftq_bits" may be 4.
+        loftq_config: of "loftq": {"loftq_iter": T}, 1 <= T <= 100, T = 1 without it; "loftq_bits" may be 4.
         rank_pattern, alpha_pattern: {regular expression: r or lora_alpha} for layers that differ. An expression must
             match a whole module name or its end after a dot; the first that matches counts.
         modules_to_save: modules that get no adapter but are trained as a whole, as copies that belong to the adapter: a list
