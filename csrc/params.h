@@ -86,13 +86,13 @@ struct LoraForward {
   MixedBatch mixed = {};             // then r is the largest rank: a row of S ends with zeros
   Middle middle = {};                // not beside mixed
   const float* out_scale = nullptr;  // (N), or null: 1
-  Matrix z = {};                     // (M, N), x's dtype or fp32, to keep beside out_scale; or absent
+  Matrix z = {};                     // (M, N), x's dtype: what out_scale multiplies, in half precision x W0ᵀ alone; or absent
 };
 
 // dz = dy ∘ out_scale ;  dS = scaling · dz B ;  dx = dz W0 + drop'(dS A) ;  dA = dSᵀ drop(x) ;  dB = scaling · dzᵀ S
-// dbias = Σ_rows dy ;  dout_scale = Σ_rows dy ∘ z
-// and with S1 = S ∘ gate, S2 = S1 core: dS2 as dS above, dB of S2, dcore = S1ᵀ dS2, dS1 = dS2 coreᵀ, dgate = dS1 ∘ S, dS = dS1
-// ∘ gate An absent output is not computed; an input that only absent outputs need may be absent too.
+// dbias = Σ_rows dy ;  dout_scale = Σ_rows dy ∘ z, in half precision with scaling · Σ_r (dyᵀ S) ∘ B
+// and with S1 = S ∘ gate, S2 = S1 core: dS2 as dS above, dB and dout_scale of S2, dcore = S1ᵀ dS2, dS1 = dS2 coreᵀ,
+// dgate = dS1 ∘ S, dS = dS1 ∘ gate. An absent output is not computed; an input that only absent outputs need may be absent too.
 struct LoraBackward {
   int64_t M, K, N, r;
   Matrix dy;                  // (M, N)
@@ -112,7 +112,7 @@ struct LoraBackward {
   MixedBatch mixed = {};             // then r is the largest rank, and dA and dB are the adapters'
   Middle middle = {};                // not beside mixed
   const float* out_scale = nullptr;  // (N), or null: 1
-  Matrix z = {};                     // (M, N), dy's dtype or fp32
+  Matrix z = {};                     // (M, N), dy's dtype
   float* dgate = nullptr;            // as gate
   float* dcore = nullptr;            // (r, r)
   float* dout_scale = nullptr;       // (N)

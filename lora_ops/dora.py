@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import functional, ops
-from .autograd import check_frozen, differentiable_once, library, register, transformed
+from . import checks, functional, ops
+from .autograd import check_frozen, differentiable_once, library, plain_call, register, transformed
 from .qlora_ops import weight_of
 from .quant import NF4Weight
 from .registry import method
@@ -32,10 +32,11 @@ def weight_norm(
 ) -> Tensor:
     """‖W0 + scaling · B A‖ of every row, (N,), without W0 + B A:
 
-        n² = ‖W0‖² + 2 scaling · Σ_r (W0 Aᵀ ∘ B) + scaling² · Σ_r (B (A Aᵀ) ∘ B)
+        n² = ‖W0‖² + 2 Σ_r ((A W0ᵀ + ½ (A Aᵀ) B̃ᵀ) ∘ B̃ᵀ),  B̃ = scaling · B
 
-    The three terms are summed in fp32 (fp64 for fp64), under autocast, too. Where they cancel, which takes a ΔW about as large
-    as W0 and against it, n loses as many digits as the sum does.
+    where the sum in brackets is what a layer with half the adapter makes of A. The terms are summed in fp32 (fp64 for fp64),
+    under autocast, too. Where they cancel, which takes a ΔW about as large as W0 and against it, n loses as many digits as
+    the sum does.
 
     Args:
         weight: W0, (N, K), dense or in 4 bits.
@@ -43,18 +44,17 @@ def weight_norm(
         base: `row_norms(weight)`, where it is known.
     """
     base = row_norms(weight) if base is None else base
-    A, B = lora_A.to(base.dtype), lora_B.to(base.dtype)
+    A, B = lora_A.to(base.dtype), scaling * lora_B.to(base.dtype)
     # A constant of forward-mode derivatives, too, as torch.no_grad has it for the backward.
     with functional.without_autocast(A.device), forward_ad._set_fwd_grad_enabled(False):
         if transformed():
-            A_with = A @ _dense(weight, base.dtype).T
+            products = _with_half(A @ _dense(weight, base.dtype).T, A, B)
         elif isinstance(weight, NF4Weight):
-            A_with = torch.ops.lora_ops.qlora_forward_wide(A, *weight_of(weight), *_nothing(A, B), 0.0)[0]
+            products = torch.ops.lora_ops.qlora_forward_wide(A, *weight_of(weight), A, B, 0.5)[0]
         else:
-            A_with = torch.ops.lora_ops.weight_products(weight, lora_A)
-        products = (2 * A_with.T + scaling * (B @ (A @ A.T))) * B
-        squares = base + scaling * products.sum(1)
-        return squares.clamp_min(0).sqrt()
+            of = _products_cpu if plain_call((weight, A, B)) else torch.ops.lora_ops.weight_products
+            products = of(weight, A, B)
+        return torch.add(base, (products * B.T).sum(0), alpha=2).clamp_min(0).sqrt()
 
 
 @method(
@@ -207,37 +207,39 @@ def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) if isinstance(weight, Tensor) else weight_of(weight).dequantize(weight.shape[1], dtype)
 
 
-library.define("weight_products(Tensor weight, Tensor lora_A) -> Tensor")
+library.define("weight_products(Tensor weight, Tensor lora_A, Tensor lora_B) -> Tensor")
 
 
-def _check_products(weight: Tensor, lora_A: Tensor) -> None:
-    if weight.dim() != 2 or lora_A.dim() != 2 or lora_A.shape[1] != weight.shape[1] or lora_A.shape[0] < 1:
-        of = f"(r, K) with r >= 1 and K as in weight {tuple(weight.shape)}"
-        raise ValueError(f"lora_A must be {of}, got shape {tuple(lora_A.shape)}")
+def _check_products(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be (N, K), got shape {tuple(weight.shape)}")
+    x = weight.new_empty(0, weight.shape[1], dtype=torch.promote_types(weight.dtype, torch.float32))
+    checks.check_beside(x, (weight.shape[0], weight.shape[1]), None, lora_A, lora_B, None, 0.5, 0.0)
 
 
-def _products(weight: Tensor, lora_A: Tensor) -> Tensor:
-    """A W0ᵀ, (r, N), in fp32 (fp64 for fp64)."""
-    _check_products(weight, lora_A)
-    return torch.cat([lora_A.to(rows.dtype) @ rows.T for rows in _wide_rows(weight)], dim=1)
+def _with_half(products: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return products + (A @ A.T) @ B.T / 2
 
 
-def _products_cpu(weight: Tensor, lora_A: Tensor) -> Tensor:
-    _check_products(weight, lora_A)
-    kinds = {weight.dtype, lora_A.dtype}
-    if not kinds <= ops._DTYPES.keys() or weight.numel() == 0 or ops.base_on_torch(weight.dtype):
-        return _products(weight, lora_A)
-    y = torch.empty((lora_A.shape[0], weight.shape[0]), dtype=torch.float32)
-    nothing = _nothing(lora_A, lora_A.new_empty(weight.shape[0], 1))
-    weight = ops._strided(weight)
-    ops.forward_kernel(ops.rows_of(lora_A), ops.matrix(weight), None, *nothing, None, None, 0.0, 0.0, y)
+def _products(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """A W0ᵀ + ½ (A Aᵀ) Bᵀ, (r, N), of A and B in fp32 (fp64 beside fp64)."""
+    _check_products(weight, lora_A, lora_B)
+    return _with_half(torch.cat([lora_A @ rows.T for rows in _wide_rows(weight)], dim=1), lora_A, lora_B)
+
+
+def _products_cpu(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    if weight.dtype not in ops._DTYPES or weight.numel() == 0 or ops.base_on_torch(torch.float32):
+        return _products(weight, lora_A, lora_B)
+    _check_products(weight, lora_A, lora_B)
+    rows, weight = ops.rows_of(lora_A), ops._strided(weight)
+    y = torch.empty((len(rows), len(weight)), dtype=torch.float32)
+    ops.forward_kernel(rows, ops.matrix(weight), None, rows, lora_B, None, None, 0.5, 0.0, y)
     return y
 
 
-def _products_fake(weight: Tensor, lora_A: Tensor) -> Tensor:
-    _check_products(weight, lora_A)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return weight.new_empty((lora_A.shape[0], weight.shape[0]), dtype=dtype)
+def _products_fake(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    _check_products(weight, lora_A, lora_B)
+    return lora_A.new_empty((lora_A.shape[0], weight.shape[0]))
 
 
 register("weight_products", _products_cpu, _products, _products_fake)

@@ -63,8 +63,8 @@ def _general_backward(dy, x, weight, blocksize, quant_type, lora_A, lora_B, gate
 
 
 @register_flop_formula(_OPS.weight_products)
-def _weight_products(weight, lora_A, **_) -> int:  # type: ignore[no-untyped-def]
-    return 2 * lora_A[0] * math.prod(weight)
+def _weight_products(weight, lora_A, lora_B, **_) -> int:  # type: ignore[no-untyped-def]
+    return _forward_flops(lora_A, lora_A, lora_B)
 
 
 def _rows_of_adapters(adapter_ids: Tensor, lora_A: list[Tensor]) -> list[int]:

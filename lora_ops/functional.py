@@ -54,7 +54,8 @@ def lora_linear(
         core: (r, r): multiplies S from the right, after the gate.
         out_scale: (N,): multiplies the output before the bias. The general form, each factor of it optional and trainable:
             y = out_scale ∘ (x W0ᵀ + scaling · (((drop(x) Aᵀ) ∘ gate) core) Bᵀ) + bias. Of x's dtype, or float32 under a
-            half-precision x. S is kept if B, gate or core trains; if out_scale does, what it multiplies: (rows, N), A's dtype.
+            half-precision x. S is kept if B, gate, core or out_scale trains; if out_scale does, what it multiplies, too: (rows,
+            N) in x's dtype.
 
     Returns:
         (..., N) in x's dtype; under `torch.autocast`, in the dtype that `F.linear` would return. Products are accumulated

@@ -3,7 +3,7 @@
     lora_general_forward   y, S from x, the frozen weight (dense, or in 4 bits), one adapter and its factors; z if `keep_z`
     lora_general_backward  dx, dA, dB and in fp32 dbias, dgate, dcore, dout_scale, of which only those asked for are computed
 
-z is what out_scale multiplies, in A's dtype, and only its gradient needs it. What is not asked for comes back empty. `weight`,
+z (reference.lora_general_forward) only out_scale's gradient needs. What is not asked for comes back empty. `weight`,
 blocksize and quant_type are those of `qlora_ops.operand_of`.
 """
 
@@ -75,6 +75,11 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def _is_finite(t: Tensor) -> bool:
+    """False, too, where it is finite and its sum is not."""
+    return math.isfinite(t.sum(dtype=torch.float32))
+
+
 def _for_general(gate: Tensor | None, core: Tensor | None, out_scale: Tensor | None, z: Tensor | None) -> ops.General:
     """Of tensors in fp32, which the caller holds."""
     gate_row_stride = 0 if gate is None or gate.dim() == 1 else gate.shape[-1]
@@ -99,7 +104,7 @@ def _forward_cpu(  # type: ignore[no-untyped-def]
     else:
         weight = weight if quant_type else [ops._strided(weight[0])]
         y = torch.empty((M, N), dtype=x.dtype)
-    z = torch.empty((M, N) if keep_z else 0, dtype=lora_A.dtype)
+    z = torch.empty((M, N) if keep_z else 0, dtype=x.dtype)
     factors = _wide(_rows(gate, M)), _wide(core), _wide(out_scale)
     S = ops.forward_kernel(
         rows, None if external else _for_kernel(weight, blocksize, quant_type), panels, lora_A, lora_B, bias, seed, scaling,
@@ -112,7 +117,7 @@ def _backward_cpu(  # type: ignore[no-untyped-def]
     dy, x, weight, blocksize, quant_type, lora_A, lora_B, gate, core, out_scale, S, z, seed, scaling, dropout_p, need_dx, *need
 ):
     # Kernels sum before they scale, and do not meet infinity minus infinity where it would be met.
-    infinite = out_scale is not None and not torch.isfinite(out_scale).all()
+    infinite = out_scale is not None and not _is_finite(out_scale)
     if dy.dtype not in ops._DTYPES or weight[0].numel() == 0 or infinite:
         return backward_reference(
             dy, x, weight, blocksize, quant_type, lora_A, lora_B, gate, core, out_scale, S, z, seed, scaling, dropout_p,
@@ -120,8 +125,9 @@ def _backward_cpu(  # type: ignore[no-untyped-def]
         )  # fmt: skip
     (r, K), (M, N), g = lora_A.shape, (math.prod(dy.shape[:-1]), dy.shape[-1]), ops.rows_of(dy)
     _check_factors(dy, N, r, gate, core, out_scale)
-    need_dA, need_dB, _, need_dgate, need_dcore, need_dout_scale = need
-    checks.check_kept(x=(x, M * K, need_dA), S=(S, M * r, need_dB or need_dgate or need_dcore), z=(z, M * N, need_dout_scale))
+    need_dA, need_dB, _, *of_factors = need
+    need_dout_scale = of_factors[2]
+    checks.check_kept(x=(x, M * K, need_dA), S=(S, M * r, need_dB or any(of_factors)), z=(z, M * N, need_dout_scale))
     external = need_dx and ops.base_on_torch(dy.dtype)
     dx, operand = torch.empty((M, K) if need_dx and not external else 0, dtype=dy.dtype), None
     if external:
@@ -132,12 +138,17 @@ def _backward_cpu(  # type: ignore[no-untyped-def]
         operand = _for_kernel(weight, blocksize, quant_type)
     factors = _wide(_rows(gate, M)), _wide(core), _wide(out_scale)
     grads = [
-        torch.empty(t.shape if n else 0, dtype=torch.float32) for t, n in zip((gate, core, out_scale), need[3:], strict=True)
+        torch.empty(t.shape if n else 0, dtype=torch.float32) for t, n in zip((gate, core, out_scale), of_factors, strict=True)
     ]
     general = (*_for_general(*factors, z), *(t.data_ptr() if t.numel() else 0 for t in grads))
     rest = ops.backward_kernel(
         g, x, operand, lora_A, lora_B, S, seed, scaling, dropout_p, dx if need_dx else None, *need[:3], general=general
     )
+    if need_dout_scale and not _is_finite(grads[2]):  # nor do they meet it in z, which they do not put together
+        grads[2] = backward_reference(
+            dy, None, weight, blocksize, quant_type, lora_A, lora_B, gate, core, out_scale, S, z, None, scaling, 0.0,
+            *[False] * 6, True,
+        )[6]  # fmt: skip
     return dx.view(*dy.shape[:-1], K) if need_dx else dx, *rest, *grads
 
 
@@ -175,7 +186,7 @@ def _forward_fake(  # type: ignore[no-untyped-def]
 ):
     check(x, weight, blocksize, quant_type, lora_A, lora_B, bias, gate, core, out_scale, scaling, dropout_p)
     M, N = math.prod(x.shape[:-1]), lora_B.shape[0]
-    return *ops.fake_outputs(x, lora_A, lora_B), lora_A.new_empty((M, N) if keep_z else 0)
+    return *ops.fake_outputs(x, lora_A, lora_B), x.new_empty((M, N) if keep_z else 0)
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]
@@ -203,7 +214,7 @@ class _General(torch.autograd.Function):
                 y, S, z = _forward_direct(*args)
         else:
             y, S, z = _below_autograd(_FORWARD, keyset, *args)
-        saved_S = S if need_B or need_gate or need_core else None
+        saved_S = S if need_B or need_gate or need_core or need_out_scale else None
         saved = x if need_A else None, lora_A, lora_B, gate, core, out_scale, saved_S, z if need_out_scale else None, seed
         ctx.save_for_backward(*saved, *weight)
         ctx.mark_non_differentiable(S, z)

@@ -172,7 +172,8 @@ def lora_general_forward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = out_scale ∘ z + bias of z = x W0ᵀ + scaling · ((S ∘ gate) core) Bᵀ; S = drop(x) Aᵀ, and z in A's dtype.
+    """y = out_scale ∘ (x W0ᵀ + scaling · ((S ∘ gate) core) Bᵀ) + bias; S = drop(x) Aᵀ; z, in x's dtype, is what out_scale
+    multiplies, in half precision x W0ᵀ alone: then no more is rounded than eager PyTorch rounds.
 
     gate is (r,) or (M, r), core (r, r), out_scale (N,).
     """
@@ -180,11 +181,11 @@ def lora_general_forward(
     S = _dropped(wx, seed, dropout_p) @ A.T
     S1 = _times(S, g)
     S2 = S1 if R is None else S1 @ R
-    z = wx @ W.T + scaling * (S2 @ B.T)
-    y = _times(z, m)
+    base, tail = wx @ W.T, scaling * (S2 @ B.T)
+    y = _times(base + tail, m)
     if b is not None:
         y = y + b
-    return y.to(x.dtype), S, z.to(lora_A.dtype)
+    return y.to(x.dtype), S, (base if x.dtype.itemsize == 2 else base + tail).to(x.dtype)
 
 
 @_in_its_own_dtypes
@@ -211,7 +212,8 @@ def lora_general_backward(
         dx = dz W0 + drop'(dS A)  dA = dSᵀ drop(x)          dB = scaling · dzᵀ S2     dbias = Σ_rows dy
         dgate = dS1 ∘ S           dcore = S1ᵀ dS2           dout_scale = Σ_rows dy ∘ z
 
-    x is needed for dA alone, z for dout_scale alone, S for dB, dgate and dcore. dgate of a gate (r,) is summed over the rows.
+    x is needed for dA alone, z for dout_scale alone, S for dB, dgate, dcore and dout_scale. dgate of a gate (r,) is summed over
+    the rows.
     """
     wdy, W, A, B, g, R, m = _wide(dy, weight, lora_A, lora_B, gate, core, out_scale)
     need_dx, need_dA, need_dB, need_dbias, need_dgate, need_dcore, need_dout_scale = need
@@ -225,11 +227,12 @@ def lora_general_backward(
     if need_dA:
         assert x is not None
         grads[1] = (dS.T @ _dropped(_wide(x)[0], seed, dropout_p)).to(lora_A.dtype)
-    if need_dB or need_dgate or need_dcore:
+    if need_dB or need_dcore or need_dout_scale:
         assert S is not None
         S1 = _times(S, g)
+        S2 = S1 if R is None else S1 @ R
     if need_dB:
-        grads[2] = (scaling * (dz.T @ (S1 if R is None else S1 @ R))).to(lora_B.dtype)
+        grads[2] = (scaling * (dz.T @ S2)).to(lora_B.dtype)
     if need_dbias:
         grads[3] = wdy.sum(0)
     if need_dgate:
@@ -239,7 +242,7 @@ def lora_general_backward(
         grads[5] = S1.T @ dS2
     if need_dout_scale:
         assert z is not None
-        grads[6] = (wdy * z).sum(0)
+        grads[6] = (wdy * (z + scaling * (S2 @ B.T) if dy.dtype.itemsize == 2 else z)).sum(0)
     return grads
 
 

@@ -30,8 +30,9 @@ namespace lora_ops {
 namespace amx {
 #include "avx512.h"
 #include "micro.h"
-#include "pairs.h"
 #include "transposed_codes.h"
+
+#include "pairs.h"
 
 constexpr int kTileSteps = 16;             // steps of one product: 32 k
 constexpr int kTileRows = 16;              // rows of a tile register

@@ -17,9 +17,10 @@ namespace lora_ops {
 namespace avx512_bf16 {
 #include "avx512.h"
 #include "micro.h"
+#include "transposed_codes.h"
+
 #include "pair_dots.h"
 #include "pairs.h"
-#include "transposed_codes.h"
 
 struct Bf16Pairs {
   static __m512 multiply_add(__m512 a, __m512 b, __m512 c) {

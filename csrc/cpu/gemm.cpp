@@ -5,6 +5,8 @@
 
 #include <unistd.h>
 
+#include <cstring>
+
 namespace lora_ops {
 namespace {
 
@@ -73,8 +75,8 @@ void pack_quantized(const Kernels& k, const Arithmetic& arithmetic, const Quanti
       for (int64_t s = 0; s < count; s += kMostDecoded) {
         const int64_t here = std::min<int64_t>(kMostDecoded, count - s);
         float* to = out + v * vector_stride + s / arithmetic.k_per_step * k.lanes;
-        if (type == DType::f32 && k.decode_transposed && weight.K % 32 == 0) {
-          k.decode_transposed(weight, j, rows, k0 + s, here, to);
+        if (arithmetic.decode_transposed && weight.K % 32 == 0) {
+          arithmetic.decode_transposed(weight, j, rows, k0 + s, here, to);
           continue;
         }
         for (int i = 0; i < rows; ++i) k.decode(weight, j + i, k0 + s, here, type, decoded.at(i, 0), group_stride);
@@ -188,11 +190,14 @@ const float* Product::kept(int64_t panel, int64_t k0) const {
   return panels + before + panel * 2 * Steps(k, arithmetic, std::min(k_block, R - k0)).vector;
 }
 
-// c = what is there before the main product: nothing, or what `out` holds; and the low-rank tail, masked on its own.
+// c = what is there before the main product: the low-rank tail, masked on its own, unless it comes last, and what `out` holds,
+// if it does.
 void Product::start(int64_t tile, int64_t panel, float* c) const {
   const int rows = static_cast<int>(tiles.size(tile));
   const int64_t row = tiles.start(tile), col = panel * k.panel();
-  if (mixed) {
+  if (scale.tail_last) {
+    std::memset(c, 0, rows * k.panel() * sizeof(float));
+  } else if (mixed) {
     mixed->multiply(tile, tail_left, rows, col, c);
   } else {
     tail->multiply(tail_left + tile * tail->left_size(arithmetic.rows), rows, panel, c);
@@ -205,7 +210,9 @@ void Product::finish(int64_t tile, int64_t panel, float* c) const {
   const int64_t row = tiles.start(tile), col = panel * k.panel();
   const Matrix b = bias.data ? from(bias, 0, col) : Matrix{};
   const int rows = static_cast<int>(tiles.size(tile)), cols = static_cast<int>(std::min<int64_t>(C - col, k.panel()));
-  scale.apply(k, c, rows, cols, row, col);
+  scale.keep(k, c, rows, cols, row, col);
+  if (scale.tail_last) tail->multiply(tail_left + tile * tail->left_size(arithmetic.rows), rows, panel, c, true);
+  scale.apply(k, c, rows, col);
   k.store_tile(c, rows, cols, b, from(out, row, col));
 }
 
@@ -265,9 +272,11 @@ void Product::run(int64_t task, int64_t next, int thread) const {
       for (int64_t p = p0; p < p1; ++p) {
         float* c = one_block ? results : results + ((t - tile0) * group + p - p0) * result_size();
         const float* panel = panels ? kept(p, k0) : packed + (p - p0) * 2 * vector_stride;
-        if (k0 == 0) start(t, p, c);
+        const bool begun = k0 > 0 || !scale.tail_last;  // else the product itself begins c
+        if (k0 == 0 && begun) start(t, p, c);
         if (last) fetch_out(t, p);
-        arithmetic.tile(static_cast<int>(tiles.size(t)), 2, tile_left, panel, vector_stride, block_steps.count, c, true, ahead);
+        arithmetic.tile(static_cast<int>(tiles.size(t)), 2, tile_left, panel, vector_stride, block_steps.count, c, begun,
+                        ahead);
         if (last) finish(t, p, c);
         ahead.left += left_share;
         ahead.panels += panels_share;

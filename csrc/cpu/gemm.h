@@ -132,10 +132,11 @@ struct UpPanels {  // right (r, C)
   // Floats of the left operand of a tile of up to `rows` rows, [vector of rows][r][lanes], and where its row i begins.
   int64_t left_size(int rows) const { return ceil_div(rows, k.lanes) * r * k.lanes; }
   int64_t left_at(int64_t i) const { return i / k.lanes * r * k.lanes + i % k.lanes; }
-  // c = left · columns of a panel
-  void multiply(const float* left, int rows, int64_t panel, float* c) const {
+  // c (+)= left · columns of a panel
+  void multiply(const float* left, int rows, int64_t panel, float* c, bool accumulate = false) const {
+    const float* right = data + panel * r * k.panel();
     each_f32_tile(k, rows, [&](int64_t i, int rows_here) {
-      k.f32.tile(rows_here, 2, left + left_at(i), data + panel * r * k.panel(), r * k.lanes, r, c + i * k.panel(), false, {});
+      k.f32.tile(rows_here, 2, left + left_at(i), right, r * k.lanes, r, c + i * k.panel(), accumulate, {});
     });
   }
 
@@ -145,12 +146,15 @@ struct UpPanels {  // right (r, C)
 // What multiplies a product's columns before the bias.
 struct OutScale {
   const float* by = nullptr;  // with room for whole panels; null: nothing
-  Matrix unscaled = {};       // where the product is kept as it is; or absent
+  Matrix unscaled = {};       // where the product is kept as it is, or absent
+  bool tail_last = false;     // then what is kept is without the tail
 
   // `scale` (C), or null
   static const float* padded(const Kernels& k, const float* scale, int64_t C, Workspace& w);
-  void apply(const Kernels& k, float* c, int rows, int cols, int64_t row, int64_t col) const {
+  void keep(const Kernels& k, const float* c, int rows, int cols, int64_t row, int64_t col) const {
     if (unscaled.data) k.store_tile(c, rows, cols, Matrix{}, from(unscaled, row, col));
+  }
+  void apply(const Kernels& k, float* c, int rows, int64_t col) const {
     if (by) k.scale_tile(c, rows, by + col);
   }
 };

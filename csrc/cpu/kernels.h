@@ -70,8 +70,11 @@ struct Arithmetic {
                bool accumulate, Ahead ahead);
   // `iterations` steps of a whole tile on registers alone: the bench's 100 %
   float (*multiply_adds)(int64_t iterations);
-  // A packed left tile of k as fp32's pack_left has it, where fp32's tiles have as many rows; or null
-  void (*widen_left)(const float* tile, int64_t k, float* out) = nullptr;
+  // A packed left tile of k as fp32's pack_left has it, where fp32's tiles have as many rows; or null. The tile itself is
+  // multiplied by `scale`, one for every k, if there is one.
+  void (*widen_left)(float* tile, int64_t k, const float* scale, float* out) = nullptr;
+  // pack_transposed of what `decode` gives, for a 4-bit weight with K of 32; or null
+  void (*decode_transposed)(const QuantizedWeight& w, int64_t row, int rows, int64_t k0, int64_t k, float* out) = nullptr;
 };
 
 // `dot` with rows `row` and on of a 4-bit weight, columns [k0, k0 + k), k0 a multiple of 128, K of 32. `left` is in `order`,
@@ -117,8 +120,6 @@ struct Kernels {
   // Columns [k0, k0 + k) of a row of a 4-bit weight as fp32 or bf16, k0 a multiple of 128, k <= kMostDecoded: groups of 32,
   // `group_stride` bytes apart, whole ones.
   void (*decode)(const QuantizedWeight& w, int64_t row, int64_t k0, int64_t k, DType to, char* out, int64_t group_stride);
-  // out[step][i] = weight[row + i][k0 + step] in fp32, as pack_transposed has it: K of 32, else as `decode`; or null
-  void (*decode_transposed)(const QuantizedWeight& w, int64_t row, int rows, int64_t k0, int64_t k, float* out);
   // y[i][j] = c[i][j] + bias[j], rounded once to y's type
   void (*store_tile)(const float* c, int rows, int cols, const Matrix& bias, const Matrix& y);
   // c[i][j] (+)= y[i][j]

@@ -88,6 +88,17 @@ void column_dots(const Kernels& k, const Matrix& a, const Matrix& b, int64_t row
   }
 }
 
+// sums[j] += scaling · Σ_i dS[i][j] · B[j][i] over a panel of dyᵀ S, transposed, and of B's rows.
+void tail_dots(const Kernels& k, const float* dS, const Matrix& B, int rows, int64_t r, float scaling, float* sums) {
+  for (int64_t i0 = 0; i0 < r; i0 += k.panel()) {
+    const int cols = static_cast<int>(std::min<int64_t>(r - i0, k.panel()));
+    alignas(64) float b[kMaxTile] = {};
+    k.load_tile(from(B, 0, i0), rows, cols, b);
+    for (int j = 0; j < rows; ++j)
+      for (int i = 0; i < cols; ++i) sums[j] += scaling * dS[(i0 + i) * k.panel() + j] * b[j * k.panel() + i];
+  }
+}
+
 void sum_rows(const float* rows, int64_t M, int64_t r, float* sums) {
   std::vector<double> wide(r);
   for (int64_t i = 0; i < M; ++i)
@@ -115,7 +126,9 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
   const DownPanels b(k, p.N, r, workspace);
   const UpPanels a(k, r, p.K, workspace);
   const RowReduction down_grad(k, p.dA.data ? p.r : 0, p.K, workspace);
-  const RowReduction up_grad(k, (p.dB.data ? p.r : 0) + (p.dbias.data ? 1 : 0), p.N, workspace);
+  const bool scaled_tail = p.dout_scale && p.z.dtype != DType::f32;  // z is without its tail
+  const int64_t up_rows = p.dB.data || scaled_tail ? p.r : 0;
+  const RowReduction up_grad(k, up_rows + (p.dbias.data ? 1 : 0), p.N, workspace);
   const int64_t most_tiles = Parts(most_rows, arithmetic.rows).count;
   float* left = workspace.floats(most_tiles * steps.left);
   float* tail_left = workspace.floats(mixed ? most_rows * p.r * k.lanes : most_tiles * a.left_size(arithmetic.rows));
@@ -134,7 +147,8 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
   float* dgate = p.middle.gate_row_stride ? p.dgate : workspace.floats(p.dgate ? p.M * r : 0);
   const float* out_scale = OutScale::padded(k, p.out_scale, p.N, workspace);
   const int64_t dz_rows = Steps::left_vectors(k, arithmetic) * k.lanes, dz_stride = p.N + 32;  // as kDecodeStride
-  float* own_dz = workspace.floats(out_scale ? threads * dz_rows * dz_stride : 0);
+  const bool widened = product_here && own_tile && arithmetic.widen_left;  // the packed tile gives dS's, and is scaled then
+  float* own_dz = workspace.floats(out_scale && !widened ? threads * dz_rows * dz_stride : 0);
   float* scratch = nullptr;  // of the first block: no later one is larger
 
   if (p.M == 0) {  // sums over no rows
@@ -198,7 +212,7 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
           for (int64_t j = 0; j < r; ++j) tile[j * k.lanes + i] = p.S[(row + i) * r + j];
         middle.gate(row, rows, tile);
         if (p.dcore) core_grad.put(tile, first, rows, r, rows_here, S1_left);
-        if (!p.dB.data) return;
+        if (!up_rows) return;
         middle.multiply(middle.core, rows, tile, thread);
         up_grad.put(tile, first, rows, r, rows_here, S_left);
       });
@@ -221,7 +235,7 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
       const int rows = static_cast<int>(product.tiles.size(t));
       const int64_t first = product.tiles.start(t);
       S(t);
-      if (middle.present() && (p.dB.data || p.dcore)) through_S(t, thread);
+      if (middle.present() && (up_rows || p.dcore)) through_S(t, thread);
       if (words) {
         for (int64_t i = first; i < first + rows; ++i) k.dropout_mask(p.dropout, row0 + i, p.K, bits + i * words);
       }
@@ -230,14 +244,14 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
       const Matrix dy = from(p.dy, row0 + first, 0);
       const int64_t follow = p.M - row0 - first, together = std::min(follow, dz_rows);
       if (product.left || !mixed) {
-        pack_left(k, arithmetic, out_scale ? scaled(dy, together, thread) : dy, together, 0, p.N, Mask{}, tile);
+        pack_left(k, arithmetic, out_scale && !widened ? scaled(dy, together, thread) : dy, together, 0, p.N, Mask{}, tile);
       }
       if (mixed) return rows_of->down(t, p, own + thread * own_size, tail_left, mixed_dS);
       each_f32_tile(k, rows, [&](int64_t i, int rows_there) {
         if (own_tile) {
           tile = own + thread * own_size;
-          if (product.left && arithmetic.widen_left && !out_scale) {
-            arithmetic.widen_left(left + t * steps.left, p.N, tile);
+          if (widened) {
+            arithmetic.widen_left(left + t * steps.left, p.N, out_scale, tile);
           } else {
             pack_left(k, k.f32, dy, follow, i, p.N, Mask{}, tile);
           }
@@ -284,6 +298,10 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
       t -= down_grad.panels();
       if (t >= up_grad.panels()) return core_grad.store(t - up_grad.panels(), 0, r, Matrix{p.dcore, r, 1});
       if (p.dbias.data) up_grad.store(t, up_grad.tiles.total - 1, 1, p.dbias);
+      if (scaled_tail) {
+        const int64_t col = t * k.panel();
+        tail_dots(k, up_grad.sum(t, 0), from(p.lora_B, col, 0), up_grad.cols(t), p.r, p.scaling, p.dout_scale + col);
+      }
       if (!p.dB.data) return;
       if (out_scale) k.scale_tile(up_grad.sum(t, 0), static_cast<int>(r), out_scale + t * k.panel());
       up_grad.store_transposed(t, p.r, p.scaling, p.dB);

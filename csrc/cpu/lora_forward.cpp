@@ -14,6 +14,7 @@
 #include "mixed.h"
 #include "strip.h"
 
+#include <cstring>
 #include <optional>
 
 namespace lora_ops {
@@ -46,6 +47,11 @@ void down(const Kernels& k, const DownPanels& a, const float* tile, int rows, fl
         tail_left[j * k.lanes + i] = scaling * s;
       }
   }
+}
+
+// In half precision z is x W0ᵀ, which is rounded, without a tail, which is not: as much as eager PyTorch rounds.
+bool tail_last(const LoraForward& p) {
+  return (p.out_scale || p.z.data) && p.x.dtype != DType::f32;
 }
 
 void forward_blocks(const LoraForward& p, const Kernels& k) {
@@ -81,7 +87,7 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
     product.panels = p.panels;
     product.tail_left = tail_left;
     product.tail = &b;
-    product.scale = {scale, p.z.data ? from(p.z, blocks.start(m), 0) : Matrix{}};
+    product.scale = {scale, p.z.data ? from(p.z, blocks.start(m), 0) : Matrix{}, tail_last(p)};
     product.bias = p.bias;
     product.out = from(p.y, blocks.start(m), 0);
     product.plan(threads);
@@ -106,7 +112,7 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
             mask = Mask{bits, words};
           }
           if (product.left && arithmetic.widen_left && !mask.words) {
-            arithmetic.widen_left(left + t * steps.left, p.K, tile);
+            arithmetic.widen_left(left + t * steps.left, p.K, nullptr, tile);
           } else {
             pack_left(k, k.f32, p.x, p.M, row + first, p.K, mask, tile);
           }
@@ -157,7 +163,7 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
   std::optional<const MixedRows> rows_of;
   if (mixed) rows_of.emplace(k, p.mixed, Side::up_B, p.r, p.N, 0, tiles);
   const MiddleOf middle(k, p.middle, p.r, false, threads, workspace);
-  const OutScale scale{OutScale::padded(k, p.out_scale, p.N, workspace), p.z};
+  const OutScale scale{OutScale::padded(k, p.out_scale, p.N, workspace), p.z, tail_last(p)};
   std::optional<const Strips> strips;
   if (in_strips) strips.emplace(k, p, threads, workspace);
   const int64_t panels = ceil_div(p.N, k.panel()), r_panels = ceil_div(p.r, k.panel());
@@ -203,14 +209,16 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
     const float* products = strips ? strips->run(col, cols, thread) : nullptr;
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int rows = static_cast<int>(tiles.size(t));
-      alignas(64) float c[kMaxTile];
+      alignas(64) float c[kMaxTile], tail_c[kMaxTile];
+      float* tail = scale.tail_last ? tail_c : c;
       if (mixed) {
-        rows_of->multiply(t, tail_left, rows, col, c);
+        rows_of->multiply(t, tail_left, rows, col, tail);
       } else if (one) {
-        k.dot_short(own + thread * whole_r, from(p.lora_B, col, 0), cols, p.r, c);
+        k.dot_short(own + thread * whole_r, from(p.lora_B, col, 0), cols, p.r, tail);
       } else {
-        b.multiply(tail_left + t * p.r * k.lanes, rows, panel, c);
+        b.multiply(tail_left + t * p.r * k.lanes, rows, panel, tail);
       }
+      if (scale.tail_last) std::memset(c, 0, rows * k.panel() * sizeof(float));
       if (strips) strips->add(products, tiles.start(t), rows, cols, c);
       for (int64_t k0 = 0; k0 < p.K && !strips; k0 += k_block) {
         const float* x = left + tiles.start(t) * stride + k0 * element / int64_t{sizeof(float)};
@@ -223,7 +231,9 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
           k.dot(rows, x, stride, from(p.weight, col, k0), cols, count, c);
         }
       }
-      scale.apply(k, c, rows, cols, tiles.start(t), col);
+      scale.keep(k, c, rows, cols, tiles.start(t), col);
+      if (scale.tail_last) k.load_tile(Matrix{tail, k.panel(), 1}, rows, cols, c);
+      scale.apply(k, c, rows, col);
       k.store_tile(c, rows, cols, p.bias.data ? from(p.bias, 0, col) : Matrix{}, from(p.y, tiles.start(t), col));
     }
   };

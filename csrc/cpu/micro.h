@@ -265,8 +265,12 @@ constexpr Arithmetic kF32 = {
     V::kRows, 1, 1, {}, nullptr, nullptr, pack_transposed, pack_transposed, pack_straight, tile<F32>, multiply_adds<F32>};
 
 constexpr Kernels table(const char* name, Arithmetic bf16) {
-  return {
-      name,      kLanes,      V::kFewRows,  kF32,     bf16,    dot,        dot_order, dot_short, {dot_codes, dot_order_codes},
-      {},        {},          V::kFewRows,  decode,   nullptr, store_tile, load_tile, mask_tile, scale_tile,
-      scale_row, column_dots, dropout_mask, read_all, nullptr, nullptr};
+  return {name,        kLanes,       V::kFewRows,
+          kF32,        bf16,         dot,
+          dot_order,   dot_short,    {dot_codes, dot_order_codes},
+          {},          {},           V::kFewRows,
+          decode,      store_tile,   load_tile,
+          mask_tile,   scale_tile,   scale_row,
+          column_dots, dropout_mask, read_all,
+          nullptr,     nullptr};
 }

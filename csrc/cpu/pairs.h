@@ -1,5 +1,5 @@
 // Packing of bf16 operands without widening: a dword holds elements k and k + 1, an odd last k is paired with zero. Included
-// after micro.h inside a `#pragma GCC target` region and namespace, so without guard.
+// after transposed_codes.h inside a `#pragma GCC target` region and namespace, so without guard.
 
 // Pairs of k elements, padded to a multiple.
 template <int kMultiple>
@@ -26,13 +26,26 @@ void pack_pairs_transposed(const Matrix& src, int rows, int64_t k, Mask, float* 
   }
 }
 
+// Elements k, `even`, and k + 1, `odd`, of 16 rows, rounded to their pairs.
+struct Paired {
+  static constexpr int kFloats = 16;
+  static void store(float* out, __m512 even, __m512 odd) {
+    const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                             20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(in_turn, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even))));
+  }
+};
+
 // A tile of pairs as fp32: a dword's lower half is element k of its row, the upper one k + 1.
-inline void widen_pairs(const float* tile, int64_t k, float* out) {
+inline void widen_pairs(float* tile, int64_t k, const float* scale, float* out) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   for (int64_t s = 0; s < k; s += 2, tile += 16, out += 2 * 16) {
     const __m512i pairs = _mm512_loadu_si512(tile);
-    _mm512_storeu_si512(out, _mm512_slli_epi32(pairs, 16));
-    if (s + 1 < k) _mm512_storeu_si512(out + 16, _mm512_and_si512(pairs, upper));
+    const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, upper));
+    V::store(out, even);
+    if (s + 1 < k) V::store(out + 16, odd);
+    if (scale) Paired::store(tile, V::mul(even, V::broadcast(scale + s)), V::mul(odd, V::broadcast(scale + s + 1)));
   }
 }
 
@@ -92,5 +105,6 @@ inline void decode_pairs(const QuantizedWeight& w, int64_t row, int64_t k0, int6
 
 constexpr Kernels with_pairs(Kernels kernels) {
   kernels.decode = decode_pairs;
+  kernels.bf16.decode_transposed = decode_transposed<Paired>;
   return kernels;
 }
