@@ -236,6 +236,17 @@ def bytes_of(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], No
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes())) and None
 
 
+def of_dtype(name: str, size: float) -> Callable[[Path], None]:
+    """A file of one tensor of eight elements."""
+
+    def change(folder: Path) -> None:
+        header = json.dumps({KEY: {"dtype": name, "shape": [8], "data_offsets": [0, int(8 * size)]}}).encode()
+        header += b" " * (-len(header) % 8)
+        (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(int(8 * size)))
+
+    return change
+
+
 KEY = "base_model.model.0.up.lora_A.weight"
 MAGNITUDE, BIAS = "base_model.model.0.up.lora_magnitude_vector", "base_model.model.0.up.lora_B.bias"
 
@@ -260,6 +271,7 @@ DAMAGED = {
     "weights too long": (bytes_of(WEIGHTS, lambda b: b + b"1234"), ValueError, "damaged"),
     "weights are nothing": (bytes_of(WEIGHTS, lambda b: b""), ValueError, "damaged"),
     "weights are a pickle": (lambda folder: torch.save({}, folder / WEIGHTS), ValueError, "damaged"),
+    "a dtype that torch does not have": (of_dtype("F4", 0.5), ValueError, "dtype 'F4', which torch does not have"),
     "header is not JSON": (bytes_of(WEIGHTS, lambda b: b[:8] + b"x" + b[9:]), ValueError, "damaged"),
     "configuration cut short": (bytes_of(CONFIG, lambda b: b[:-9]), ValueError, "damaged"),
     "configuration is not text": (bytes_of(CONFIG, lambda b: b"\xff\xfe" + b), ValueError, "damaged"),

@@ -1,14 +1,19 @@
 """Calls leave no memory behind."""
 
 import ctypes
+import gc
+import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from fuzzing import FACTORS, Call
 from test_nonfinite import KINDS, spec
+from torch import nn
 
 import lora_ops
+from lora_ops import LoraConfig
 
 FIELDS = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
 
@@ -60,3 +65,25 @@ def test_calls_leave_nothing_behind(name: str) -> None:
         call()
     grown = in_use() - before
     assert grown < 200 * 16, f"{grown} bytes more after 200 calls"  # less than one smallest block each
+
+
+def test_adapter_files_leave_nothing_behind(tmp_path: Path) -> None:
+    """Nor does what reads safetensors: of Python's memory, which malloc does not tell."""
+    config = LoraConfig(r=300, target_modules=["0"], init_lora_weights=False)
+    lora_ops.save_adapter(lora_ops.add_lora(nn.Sequential(nn.Linear(400, 500)), config), tmp_path)
+    model = nn.Sequential(nn.Linear(400, 500))
+
+    def grown(calls: int) -> int:
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(calls):
+            lora_ops.load_adapter(model, tmp_path)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0] - before
+
+    tracemalloc.start()
+    try:
+        grown(50)
+        bytes_more = grown(200)
+    finally:
+        tracemalloc.stop()
+    assert bytes_more < 200 * 48, f"{bytes_more} bytes more after 200 files"  # less than two integers each
