@@ -83,7 +83,7 @@ def test_adapter_files_leave_nothing_behind(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         grown(50)
-        bytes_more = grown(200)
+        bytes_more = min(grown(100) for _ in range(4))  # what is lost is lost every time
     finally:
         tracemalloc.stop()
-    assert bytes_more < 200 * 48, f"{bytes_more} bytes more after 200 files"  # less than two integers each
+    assert bytes_more < 100 * 48, f"{bytes_more} bytes more after 100 files"  # less than two integers each
