@@ -135,7 +135,7 @@ def test_reference_is_the_same_form(M, kinds):
 @pytest.mark.parametrize("shape", [(5, 20, 9, 1), (3, 40, 33, 4), (41, 129, 65, 40)], ids=str)
 @every_dtype
 def test_factors_of_one_are_the_plain_operator(dtypes, shape):
-    """Bit for bit, apart from an output scale in half precision: it has the low-rank part added last."""
+    """Bit for bit; with an output scale in half precision, which has the low-rank part added last, y to one rounding."""
     case = make_case(shape, dtypes, bias=True)
     (M, _), r, N = case.x.shape, case.lora_A.shape[0], case.weight.shape[0]
     scale = torch.ones(N) if dtypes.x == F32 else None
@@ -144,6 +144,9 @@ def test_factors_of_one_are_the_plain_operator(dtypes, shape):
         g = General(case, case.weight, gate.to(dtypes.x), torch.eye(r, dtype=dtypes.x), scale)
         ones = results(g, fused)
         assert all(torch.equal(plain[name], ones[name]) for name in plain)
+    scaled = results(General(case, case.weight, None, None, torch.ones(N)), fused)["y"].double()
+    y, once, in_sums = plain["y"].double(), torch.finfo(dtypes.x).eps, 16 * torch.finfo(F32).eps
+    assert ((scaled - y).abs() <= once * y.abs() + in_sums * y.abs().max()).all()
 
 
 @every_dtype

@@ -190,8 +190,8 @@ const float* Product::kept(int64_t panel, int64_t k0) const {
   return panels + before + panel * 2 * Steps(k, arithmetic, std::min(k_block, R - k0)).vector;
 }
 
-// c = what is there before the main product: the low-rank tail, masked on its own, unless it comes last, and what `out` holds,
-// if it does.
+// c = what is there before the main product: the low-rank tail, masked on its own, unless it comes last; and left · right,
+// where `out` holds it already.
 void Product::start(int64_t tile, int64_t panel, float* c) const {
   const int rows = static_cast<int>(tiles.size(tile));
   const int64_t row = tiles.start(tile), col = panel * k.panel();
