@@ -64,6 +64,14 @@ void factors(Tensors& tensors, const py::object& lora_A, const py::object& lora_
   tensors.beside(x, A.dtype);
 }
 
+void bias_of(Tensors& tensors, const py::object& bias, DType x, int64_t N, Matrix& out) {
+  if (bias.is_none()) return;
+  int64_t count = 0;
+  out = tensors.vector(bias, count);
+  tensors.require(count == N);
+  tensors.beside(x, out.dtype);
+}
+
 py::object forward(const py::object& x, const py::tuple& weight, const py::object& lora_A, const py::object& lora_B,
                    const py::object& bias, const py::object& panels, const py::tuple& drop, double scaling, double dropout_p,
                    int threads) {
@@ -74,12 +82,7 @@ py::object forward(const py::object& x, const py::tuple& weight, const py::objec
   const AnyWeight w(tensors, weight, p.K, dtype);
   p.N = w.N, p.weight = w.dense, p.quantized = w.quantized;
   factors(tensors, lora_A, lora_B, dtype, p.K, p.N, p.r, p.lora_A, p.lora_B);
-  if (!bias.is_none()) {
-    int64_t count = 0;
-    p.bias = tensors.vector(bias, count);
-    tensors.require(count == p.N);
-    tensors.beside(dtype, p.bias.dtype);
-  }
+  bias_of(tensors, bias, dtype, p.N, p.bias);
   tensors.require(std::isfinite(scaling) && dropout_p >= 0 && dropout_p < 1);
   if (!panels.is_none() && tensors.fit()) {
     int64_t rows = 0, count = 0;
@@ -139,22 +142,44 @@ py::object backward(const py::object& dy, const py::object& x, const py::tuple& 
   return py::make_tuple(dx, dA, dB, dbias);
 }
 
-// Adapters as multi_lora_forward takes them, the dtype of all and the largest rank.
-py::object adapters(const std::vector<py::object>& lora_A, const std::vector<py::object>& lora_B, int64_t K, int64_t N, int x) {
+// `scalings` (adapters) in fp64, `ids` (M): which of them a row has, or -1.
+py::object multi_forward(const py::object& x, const py::tuple& weight, const std::vector<py::object>& lora_A,
+                         const std::vector<py::object>& lora_B, const py::object& scalings, const py::object& ids,
+                         const py::object& bias, const py::tuple& drop, double dropout_p, int threads) {
   Tensors tensors;
-  std::vector<std::array<int64_t, 5>> fields;
-  int64_t most_r = 0;
-  Matrix A, B;
-  for (size_t i = 0; i < std::min(lora_A.size(), lora_B.size()) && tensors.fit(); ++i) {
-    const DType before = A.dtype;
-    int64_t r = 0;
-    factors(tensors, lora_A[i], lora_B[i], static_cast<DType>(x), K, N, r, A, B);
-    tensors.require((i == 0 || A.dtype == before) && A.row_stride == K && B.row_stride == r);
-    fields.push_back({reinterpret_cast<int64_t>(A.data), reinterpret_cast<int64_t>(B.data), 0, 0, r});
-    most_r = std::max(most_r, r);
+  LoraForward p{};
+  p.x = tensors.rows(x, p.M, p.K);
+  const DType dtype = p.x.dtype;
+  const AnyWeight w(tensors, weight, p.K, dtype);
+  p.N = w.N, p.weight = w.dense, p.quantized = w.quantized;
+  const auto count = static_cast<int64_t>(lora_A.size());
+  int64_t rows = 0, elements = 0;
+  const auto* scaling = static_cast<const double*>(tensors.elements(scalings, kFloat, 64, rows, elements));
+  tensors.require(elements == count && static_cast<int64_t>(lora_B.size()) == count);
+  p.mixed.ids = static_cast<const int64_t*>(tensors.elements(ids, kInt, 64, rows, elements));
+  tensors.require(elements == p.M && count > 0);
+  std::vector<Adapter> adapters(static_cast<size_t>(tensors.fit() ? count : 0));
+  for (size_t i = 0; i < adapters.size() && tensors.fit(); ++i) {
+    Adapter& a = adapters[i];
+    factors(tensors, lora_A[i], lora_B[i], dtype, p.K, p.N, a.r, a.lora_A, a.lora_B);
+    a.scaling = static_cast<float>(scaling[i]);
+    tensors.require(a.lora_A.dtype == adapters[0].lora_A.dtype && a.lora_A.row_stride == p.K && a.lora_B.row_stride == a.r);
+    p.r = std::max(p.r, a.r);
   }
-  if (!tensors.fit() || lora_A.empty() || lora_A.size() != lora_B.size()) return py::none();
-  return py::make_tuple(fields, static_cast<int>(A.dtype), most_r);
+  for (int64_t i = 0; i < p.M && tensors.fit(); ++i) tensors.require(p.mixed.ids[i] >= -1 && p.mixed.ids[i] < count);
+  bias_of(tensors, bias, dtype, p.N, p.bias);
+  tensors.require(dropout_p >= 0 && dropout_p < 1);
+  if (!tensors.fit()) return py::none();
+
+  p.mixed.adapters = adapters.data(), p.mixed.count = count;
+  p.scaling = 1.f;
+  p.dropout = dropout(drop);
+  p.threads = threads;
+  py::object y = tensors.new_like(x, p.N, dtype), S = tensors.new_matrix(p.M, p.r, DType::f32);
+  p.y = {tensors.address(y), p.N, 1, dtype};
+  p.S = static_cast<float*>(tensors.address(S));
+  released([&] { lora_forward(p); });
+  return py::make_tuple(y, S);
 }
 
 }  // namespace
@@ -163,7 +188,7 @@ void bind_tensor_calls(py::module_& m) {
   m.def("use_tensors", &use_tensors);
   m.def("forward_of_tensors", &forward);
   m.def("backward_of_tensors", &backward);
-  m.def("adapters_of_tensors", &adapters);
+  m.def("multi_forward_of_tensors", &multi_forward);
 }
 
 }  // namespace lora_ops

@@ -60,6 +60,6 @@ class Tensors {
   bool fit_;
 };
 
-constexpr int kUnsigned = 1, kFloat = 2, kBfloat = 4;  // DLPack's type codes
+constexpr int kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4;  // DLPack's type codes
 
 }  // namespace lora_ops

@@ -34,9 +34,10 @@ def backward_of_tensors(
     dy: Tensor, x: Tensor | None, weight: tuple[Any, ...], lora_A: Tensor, lora_B: Tensor, S: Tensor | None,
     dropout: tuple[int, int, float], scaling: float, need: Sequence[bool], threads: int, /,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None: ...  # fmt: skip
-def adapters_of_tensors(
-    lora_A: list[Tensor], lora_B: list[Tensor], K: int, N: int, x_dtype: int, /,
-) -> tuple[list[list[int]], int, int] | None: ...  # fmt: skip
+def multi_forward_of_tensors(
+    x: Tensor, weight: tuple[Any, ...], lora_A: list[Tensor], lora_B: list[Tensor], scalings: Tensor, ids: Tensor,
+    bias: Tensor | None, dropout: tuple[int, int, float], dropout_p: float, threads: int, /,
+) -> tuple[Tensor, Tensor] | None: ...  # fmt: skip
 def multi_lora_forward(
     M: int, K: int, N: int, r: int, x: Matrix, weight: Matrix | FourBit, adapters: list[tuple[int, int, int, int, int]],
     scalings: list[float], dtype: int, ids: int, bias: Matrix, seed: int, threshold: int, keep_scale: float, y: Matrix, S: int,

@@ -104,7 +104,8 @@ class AdapterBank:
         distinct, place = torch.unique(ids, return_inverse=True)
         occur = distinct.tolist()
         without = occur[:1] == [-1]
-        occur = occur[1:] if without else occur
+        if without:
+            occur, distinct = occur[1:], distinct[1:]
         if occur and occur[0] < 0:
             raise ValueError(f"adapter_ids must be -1 or the index of an adapter, got {occur[0]}")
         if occur and occur[-1] >= len(self._A):
@@ -112,7 +113,7 @@ class AdapterBank:
         A, B = [self._A[i] for i in occur], [self._B[i] for i in occur]
         if any(a is None for a in A):
             raise ValueError(f"adapter_ids has {next(i for i in occur if self._A[i] is None)}, whose adapter was removed")
-        return A, B, self._scalings[occur], place - 1 if without else place
+        return A, B, self._scalings[distinct.to(self._scalings.device)], place - 1 if without else place
 
     def _all(self, ids: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """The same for all adapters: what a compiled graph is given must not depend on ids."""
@@ -206,4 +207,6 @@ def _row_ids(x: Tensor, bank: AdapterBank, adapter_ids: Tensor | Sequence[str | 
     rows, given = x.shape[:-1], adapter_ids.shape
     if given != rows[: len(given)]:
         raise ValueError(f"adapter_ids must have a leading part of x's shape {tuple(rows)} without K, got shape {tuple(given)}")
+    if len(given) == len(rows) == 1:
+        return adapter_ids
     return adapter_ids.reshape((*given, *(1,) * (len(rows) - len(given)))).expand(rows).reshape(-1)

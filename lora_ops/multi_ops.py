@@ -80,30 +80,22 @@ def _dtype(adapters: list[Tensor]) -> int:
     return ops._DTYPES[adapters[0].dtype] if adapters else 0
 
 
-def _for_forward(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, bias, dropout_p):  # type: ignore[no-untyped-def]
-    """What the kernel is told of the adapters, their dtype, the largest rank, and what must live as long as the call."""
-    fit = None
-    if scalings.shape == (len(lora_A),):
-        fit = _C.adapters_of_tensors(lora_A, lora_B, K, weight[0].shape[0], ops._DTYPES[x.dtype])
-    if fit is not None:  # then the first one stands for all
-        check(x, weight, K, blocksize, quant_type, lora_A[:1], lora_B[:1], scalings[:1], adapter_ids, bias, dropout_p)
-        return *fit, None
-    check(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, bias, dropout_p)
-    As, Bs = [A.contiguous() for A in lora_A], [B.contiguous() for B in lora_B]
-    adapters = [(A.data_ptr(), B.data_ptr(), 0, 0, A.shape[0]) for A, B in zip(As, Bs, strict=True)]
-    return adapters, _dtype(As), max((A.shape[0] for A in As), default=0), (As, Bs)
-
-
 def _forward_cpu(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, bias, seed, dropout_p):  # type: ignore[no-untyped-def]
+    if not ops.base_on_torch(x.dtype):
+        whole, drop = _codes(weight, blocksize, quant_type) if quant_type else tuple(weight), ops._dropout(seed, dropout_p)
+        threads = torch.get_num_threads()
+        done = _C.multi_forward_of_tensors(x, whole, lora_A, lora_B, scalings, adapter_ids, bias, drop, dropout_p, threads)
+        if done is not None:
+            return done
     N, rows = weight[0].shape[0], ops.rows_of(x)
     if x.dtype not in ops._DTYPES or N * K == 0:
         return forward_reference(
             x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, bias, seed, dropout_p
         )
-    adapters, dtype, r, _kept = _for_forward(
-        x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, bias, dropout_p
-    )
-    M, external = rows.shape[0], ops.on_torch(x.dtype)
+    check(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, bias, dropout_p)
+    As, Bs = [A.contiguous() for A in lora_A], [B.contiguous() for B in lora_B]
+    adapters = [(A.data_ptr(), B.data_ptr(), 0, 0, A.shape[0]) for A, B in zip(As, Bs, strict=True)]
+    M, r, external = rows.shape[0], max((A.shape[0] for A in As), default=0), ops.on_torch(x.dtype)
     if log.ON:
         log.note(f"{log.kernels()}, by addresses")
     if external:
@@ -115,7 +107,7 @@ def _forward_cpu(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, 
     bias = None if bias is None else bias.contiguous()
     _C.multi_lora_forward(
         M, K, N, r, ops.matrix(rows), None if external else _for_kernel(weight, blocksize, quant_type), adapters,
-        scalings.tolist(), dtype, ids.data_ptr(), ops.matrix(bias),
+        scalings.tolist(), _dtype(As), ids.data_ptr(), ops.matrix(bias),
         *ops._dropout(seed, dropout_p), ops.matrix(y), S.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y.view(*x.shape[:-1], N), S

@@ -212,11 +212,34 @@ def test_a_row_of_nan_stays_one():
     assert y.isnan().any(1).nonzero().flatten().tolist() == [5]
 
 
+@pytest.mark.parametrize("M", [3, 41])
+@pytest.mark.parametrize("size", [1.0, 1e38, float("inf")], ids=str)
+@pytest.mark.parametrize("dtypes", [Dtypes(F32, F32), Dtypes(BF16, BF16), Dtypes(F16, F16)], ids=str)
+def test_a_row_alone_with_its_adapter_is_that_row_beside_its_like(dtypes, size, M):
+    """It meets A and B where they lie, several rows packed copies of them: S is in fp32, and the sum rounded once, for both."""
+    if size == 1e38 and dtypes.x == F16:
+        pytest.skip("beyond float16")
+    K, N = 160, 80
+    case = mixed(M, K, N, dtypes, [16] * M)
+    x, weight = case.x.detach().clone(), torch.zeros_like(case.weight)
+    x[1, :5] *= size
+    ids = torch.arange(M)
+    with torch.no_grad():
+        alone = multi_lora_linear(x, weight, case.bank, ids)
+        beside = multi_lora_linear(x.repeat_interleave(2, 0), weight, case.bank, ids.repeat_interleave(2))[::2]
+    assert torch.equal(alone.isfinite(), beside.isfinite())
+    alone, beside = (torch.where(beside.isfinite(), y, 0).double() for y in (alone, beside))
+    one_rounding = 2 * torch.finfo(dtypes.x).eps * beside.abs()
+    sums = 1e-5 * beside.abs().amax(1, keepdim=True)  # of fp32, in another order
+    assert ((alone - beside).abs() <= one_rounding + sums).all()
+
+
 @pytest.mark.parametrize("shape", [(9, 700, 520), (100, 300, 257), (640, 2100, 33)], ids=str)
-def test_result_does_not_depend_on_the_threads(shape):
+@pytest.mark.parametrize("adapter", [F32, BF16], ids=str)
+def test_result_does_not_depend_on_the_threads(shape, adapter):
     if ops.base_on_torch(F32):
         pytest.skip("torch's own products depend on the threads")
-    case = mixed(*shape, Dtypes(BF16, F32), dropout_p=0.2)
+    case = mixed(*shape, Dtypes(BF16, adapter), dropout_p=0.2 if adapter == F32 else 0.0)
     runs = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

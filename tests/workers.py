@@ -3,6 +3,7 @@
 The functions come by reference: they are those of a module that the processes can import (`distributed_runs`).
 """
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -83,6 +84,7 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()  # where a process was when it died
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT)
     while True:

@@ -95,8 +95,13 @@ void tile_of(const float* left, const float* panel, int64_t vector_stride, int64
   for (int64_t s = 0; s < steps; s += kTileSteps) {
     for (int64_t b = 0; b < kTileSteps * ahead.left_step; b += kLine) __builtin_prefetch(ahead.left + b, 0, 2);
     ahead.left += kTileSteps * ahead.left_step;
-    for (int64_t b = 0; b < kTileSteps * ahead.panels_step; b += kLine) __builtin_prefetch(ahead.panels + b, 0, 2);
-    ahead.panels += kTileSteps * ahead.panels_step;
+    const int64_t share = kTileSteps * ahead.panels_step / (ahead.other ? 2 : 1);
+    for (int64_t b = 0; b < share; b += kLine) {
+      __builtin_prefetch(ahead.panels + b, 0, 2);
+      if (ahead.other) __builtin_prefetch(ahead.other + b, 0, 2);
+    }
+    ahead.panels += share;
+    if (ahead.other) ahead.other += share;
     _tile_loadd(4, left, kLine);
     _tile_loadd(6, panel, kLine);
     _tile_dpbf16ps(0, 4, 6);

@@ -120,18 +120,15 @@ inline void dot(int rows, const float* left, int64_t left_stride, const Matrix& 
   LORA_OPS_BY_DTYPE(right.dtype, dot_as, rows, left, left_stride, right, cols, k, c)
 }
 
-// Bytes that short rows are fetched ahead: they are read between panels of a weight, in pieces too small for any prefetcher.
-constexpr int64_t kShortAhead = 4096;
-
 // c = left · right[j] for `rows` <= kLanes right rows, all of them and whole vectors of k if kWhole.
 template <DType kType, bool kWhole>
-void dot_short_rows(const float* left, const char* row, int64_t stride, int rows, int64_t k, float* c) {
+void dot_short_rows(const float* left, const char* row, int64_t stride, int rows, int64_t k, float* c, int64_t ahead) {
   typename V::T acc[kLanes];
 #pragma GCC unroll 16
   for (int a = 0; a < kLanes; ++a) acc[a] = V::zero();
   for (int64_t k0 = 0; k0 < k; k0 += kLanes) {
     const auto x = V::load(left + k0);
-    for (int a = 0; a < rows; ++a) __builtin_prefetch(row + a * stride + k0 * size_of(kType) + kShortAhead, 0, 2);
+    for (int a = 0; a < rows; ++a) __builtin_prefetch(row + a * stride + k0 * size_of(kType) + ahead, 0, 2);
     if constexpr (kWhole) {
 #pragma GCC unroll 16
       for (int a = 0; a < kLanes; ++a) acc[a] = V::fma(x, load_as<kType>(row + a * stride, k0), acc[a]);
@@ -145,16 +142,16 @@ void dot_short_rows(const float* left, const char* row, int64_t stride, int rows
 
 // c[j] = left · right[j] for one left row, in order and zero-padded to whole vectors, and `cols` <= kPanel short right rows.
 template <DType kType>
-void dot_short_as(const float* left, const Matrix& right, int cols, int64_t k, float* c) {
+void dot_short_as(const float* left, const Matrix& right, int cols, int64_t k, float* c, int64_t ahead) {
   const int64_t stride = right.row_stride * size_of(kType);
   for (int j = 0; j < cols; j += kLanes) {
     const char* row = right.at(j, 0);
     const bool whole = cols - j >= kLanes && k % kLanes == 0;
     const int rows = cols - j < kLanes ? cols - j : kLanes;
-    (whole ? dot_short_rows<kType, true> : dot_short_rows<kType, false>)(left, row, stride, rows, k, c + j);
+    (whole ? dot_short_rows<kType, true> : dot_short_rows<kType, false>)(left, row, stride, rows, k, c + j, ahead);
   }
 }
 
-inline void dot_short(const float* left, const Matrix& right, int cols, int64_t k, float* c) {
-  LORA_OPS_BY_DTYPE(right.dtype, dot_short_as, left, right, cols, k, c)
+inline void dot_short(const float* left, const Matrix& right, int cols, int64_t k, float* c, int64_t ahead) {
+  LORA_OPS_BY_DTYPE(right.dtype, dot_short_as, left, right, cols, k, c, ahead)
 }

@@ -178,9 +178,10 @@ void Product::plan(int threads) {
   row_parts = groups >= 2 * threads ? 1 : std::min(tiles.count, ceil_div(2 * threads, groups));
 
   const bool one_block = !left || k_block >= R;
+  const int64_t tiles_kept = one_block ? 1 : ceil_div(tiles.count, row_parts), panels_kept = one_block && !mixed ? 1 : group;
   packed_size = panels || !left ? 0 : 2 * group * padded_vector(std::min(block_steps, steps) * k.lanes);
   if (quantized.codes) packed_size += kDecodeBytes / 4;
-  scratch_size = packed_size + (one_block ? 1 : group * ceil_div(tiles.count, row_parts)) * result_size();
+  scratch_size = packed_size + tiles_kept * panels_kept * result_size();
   scratch_size = ceil_div(scratch_size, 1024) * 1024 + 16;  // threads a page and a line apart
 }
 
@@ -190,20 +191,22 @@ const float* Product::kept(int64_t panel, int64_t k0) const {
   return panels + before + panel * 2 * Steps(k, arithmetic, std::min(k_block, R - k0)).vector;
 }
 
-// c = what is there before the main product: the low-rank tail, masked on its own, unless it comes last; and left · right,
-// where `out` holds it already.
-void Product::start(int64_t tile, int64_t panel, float* c) const {
+// c = what is there before the main product, in panels [p0, p1), `stride` floats apart: the low-rank tail, masked on its own,
+// unless it comes last; and left · right, where `out` holds it already.
+void Product::start(int64_t tile, int64_t p0, int64_t p1, float* c, int64_t stride) const {
   const int rows = static_cast<int>(tiles.size(tile));
-  const int64_t row = tiles.start(tile), col = panel * k.panel();
-  if (scale.tail_last) {
-    std::memset(c, 0, rows * k.panel() * sizeof(float));
-  } else if (mixed) {
-    mixed->multiply(tile, tail_left, rows, col, c);
-  } else {
-    tail->multiply(tail_left + tile * tail->left_size(arithmetic.rows), rows, panel, c);
+  const int64_t row = tiles.start(tile);
+  if (mixed) mixed->multiply(tile, tail_left, rows, p0, p1, c, stride);
+  for (int64_t p = p0; p < p1; ++p, c += stride) {
+    const int64_t col = p * k.panel();
+    if (scale.tail_last) {
+      std::memset(c, 0, rows * k.panel() * sizeof(float));
+    } else if (!mixed) {
+      tail->multiply(tail_left + tile * tail->left_size(arithmetic.rows), rows, p, c);
+    }
+    if (tail_mask.words) k.mask_tile(c, rows, Mask{tail_mask.words + row * tail_mask.row_stride, tail_mask.row_stride, col});
+    if (!left) k.load_tile(from(out, row, col), rows, static_cast<int>(std::min<int64_t>(C - col, k.panel())), c);
   }
-  if (tail_mask.words) k.mask_tile(c, rows, Mask{tail_mask.words + row * tail_mask.row_stride, tail_mask.row_stride, col});
-  if (!left) k.load_tile(from(out, row, col), rows, static_cast<int>(std::min<int64_t>(C - col, k.panel())), c);
 }
 
 void Product::finish(int64_t tile, int64_t panel, float* c) const {
@@ -233,12 +236,13 @@ void Product::run(int64_t task, int64_t next, int thread) const {
   float* results = scratch + thread * scratch_size;
   if (!left || R == 0) {
     for (int64_t t = tile0; t < tile1; ++t)
-      for (int64_t p = p0; p < p1; ++p) start(t, p, results), finish(t, p, results);
+      for (int64_t p = p0; p < p1; ++p) start(t, p, p + 1, results, 0), finish(t, p, results);
     return;
   }
   const Steps steps(k, arithmetic, R);
   if (arithmetic.begin) arithmetic.begin();
   const bool one_block = k_block >= R;
+  const int64_t result_stride = one_block && !mixed ? 0 : result_size();
   float* packed = scratch + (thread + 1) * scratch_size - packed_size - 16;
   const int64_t left_step = steps.left / steps.count, panels_here = p1 - p0, calls = (tile1 - tile0) * panels_here;
   for (int64_t k0 = 0; k0 < R; k0 += k_block) {
@@ -269,12 +273,23 @@ void Product::run(int64_t task, int64_t next, int thread) const {
     for (int64_t t = tile0; t < tile1; ++t) {
       const float* tile_left = left + t * steps.left + first * left_step;
       ahead.left = reinterpret_cast<const char*>(left + t * steps.left + next_k0 / arithmetic.k_per_step * left_step);
+      float* of_tile = one_block ? results : results + (t - tile0) * group * result_size();
+      MixedRows::Pieces pieces;
+      if (mixed) {
+        if (k0 == 0) start(t, p0, p1, of_tile, result_stride);  // B and A of a row are read in long pieces
+        if (k0 == 0 && t + 1 < tile1) {
+          pieces = mixed->pieces(t + 1, p0, p1);
+        } else if (last && t + 1 == tile1 && next < tasks()) {
+          pieces = mixed->pieces(row_split.start(next % row_parts), first_panel(next), last_panel(next));
+        }
+      }
       for (int64_t p = p0; p < p1; ++p) {
-        float* c = one_block ? results : results + ((t - tile0) * group + p - p0) * result_size();
+        float* c = of_tile + (p - p0) * result_stride;
         const float* panel = panels ? kept(p, k0) : packed + (p - p0) * 2 * vector_stride;
         const bool begun = k0 > 0 || !scale.tail_last;  // else the product itself begins c
-        if (k0 == 0 && begun) start(t, p, c);
+        if (k0 == 0 && begun && !mixed) start(t, p, p + 1, c, 0);
         if (last) fetch_out(t, p);
+        if (mixed) mixed->fetch(pieces, block_steps.count, ahead);
         arithmetic.tile(static_cast<int>(tiles.size(t)), 2, tile_left, panel, vector_stride, block_steps.count, c, begun,
                         ahead);
         if (last) finish(t, p, c);

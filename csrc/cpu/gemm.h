@@ -195,7 +195,7 @@ struct Product {
   const float* kept(int64_t panel, int64_t k0) const;
   void fetch_out(int64_t tile, int64_t panel) const;
   void finish(int64_t tile, int64_t panel, float* c) const;
-  void start(int64_t tile, int64_t panel, float* c) const;
+  void start(int64_t tile, int64_t p0, int64_t p1, float* c, int64_t stride) const;
 };
 
 }  // namespace lora_ops

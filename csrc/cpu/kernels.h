@@ -37,9 +37,11 @@ struct Mask {
   }
 };
 
-// Memory that a tile brings to L2 as it goes, so many bytes further at each step, for whoever comes next.
+// Memory that a tile brings to L2 as it goes, so many bytes further at each step, for whoever comes next: `panels`, or two
+// pieces elsewhere, in turn.
 struct Ahead {
   const char* panels = nullptr;
+  const char* other = nullptr;
   int64_t panels_step = 0;
   const char* left = nullptr;  // for arithmetic that outruns the path from L3
   int64_t left_step = 0;
@@ -93,8 +95,10 @@ struct FewRows {
 };
 
 // `dot` where x and the weight are in bf16, without widening x: `left` is bf16 in `order`, rows left_stride floats apart.
+// `next` is what is read after right, if that does not lie behind it.
 struct DotPairs {
-  void (*dot)(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c);
+  void (*dot)(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c,
+              const char* next);
   void (*order)(const Matrix& src, int64_t k, Mask mask, float* out);
 };
 
@@ -110,8 +114,9 @@ struct Kernels {
   void (*dot)(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c);
   void (*dot_order)(const Matrix& src, int64_t k, Mask mask, DType right, float* out);
   // c[j] = Σ_k left[k] · right[j][k] for one left row in fp32, zero-padded to whole vectors, a k of some vectors and `cols` <=
-  // 2·lanes; c is written in whole vectors.
-  void (*dot_short)(const float* left, const Matrix& right, int cols, int64_t k, float* c);
+  // 2·lanes; c is written in whole vectors. Rows of k are pieces too small for any prefetcher: what is read next lies `ahead`
+  // bytes on, and is fetched.
+  void (*dot_short)(const float* left, const Matrix& right, int cols, int64_t k, float* c, int64_t ahead);
   DotCodes codes;
   // Where x (and a dense weight) is in bf16, or null; 4-bit weights rounded to bf16.
   DotPairs pairs;

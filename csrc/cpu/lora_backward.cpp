@@ -170,13 +170,12 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
     product.tail = &a;
     product.tail_mask = words ? Mask{bits, words} : Mask{};
     product.out = p.dx.data ? from(p.dx, row0, 0) : Matrix{};
+    std::optional<const MixedRows> rows_of;
+    if (mixed) product.mixed = &rows_of.emplace(k, p.mixed, Side::up_A, p.r, p.K, row0, product.tiles);
     if (p.dx.data) {
       product.plan(threads);
       product.scratch = scratch = m == 0 ? workspace.floats(product.scratch_size * threads) : scratch;
     }
-
-    std::optional<const MixedRows> rows_of;
-    if (mixed) product.mixed = &rows_of.emplace(k, p.mixed, Side::up_A, p.r, p.K, row0, product.tiles);
 
     // dS2 of a tile becomes dS.
     const auto through_middle = [&](int64_t first, int rows, float* tail, int thread) {

@@ -21,6 +21,7 @@ namespace lora_ops {
 namespace {
 
 constexpr int64_t kDotBytes = 32 << 10;  // of x in a block of the reduction: it stays in L1
+constexpr int64_t kShortAhead = 4096;    // bytes that B is fetched ahead, between panels of the weight
 
 bool in_pairs(const LoraForward& p, const Kernels& k) {
   return k.pairs.dot && p.x.dtype == DType::bf16 && p.weight.dtype == DType::bf16;
@@ -90,10 +91,10 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
     product.scale = {scale, p.z.data ? from(p.z, blocks.start(m), 0) : Matrix{}, tail_last(p)};
     product.bias = p.bias;
     product.out = from(p.y, blocks.start(m), 0);
-    product.plan(threads);
-    product.scratch = scratch = m == 0 ? workspace.floats(product.scratch_size * threads) : scratch;
     std::optional<const MixedRows> rows_of;
     if (mixed) product.mixed = &rows_of.emplace(k, p.mixed, Side::up_B, p.r, p.N, blocks.start(m), product.tiles);
+    product.plan(threads);
+    product.scratch = scratch = m == 0 ? workspace.floats(product.scratch_size * threads) : scratch;
 
     const auto pack_and_down = [&](int64_t t, int thread) {
       const int rows = static_cast<int>(product.tiles.size(t));
@@ -212,9 +213,9 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
       alignas(64) float c[kMaxTile], tail_c[kMaxTile];
       float* tail = scale.tail_last ? tail_c : c;
       if (mixed) {
-        rows_of->multiply(t, tail_left, rows, col, tail);
+        rows_of->multiply(t, tail_left, rows, panel, panel + 1, tail, 0);
       } else if (one) {
-        k.dot_short(own + thread * whole_r, from(p.lora_B, col, 0), cols, p.r, tail);
+        k.dot_short(own + thread * whole_r, from(p.lora_B, col, 0), cols, p.r, tail, kShortAhead);
       } else {
         b.multiply(tail_left + t * p.r * k.lanes, rows, panel, tail);
       }
@@ -226,7 +227,7 @@ void forward_few_rows(const LoraForward& p, const Kernels& k) {
         if (codes) {
           dots.dot(rows, x, stride, p.quantized, col, cols, k0, count, c);
         } else if (pairs) {
-          k.pairs.dot(rows, x, stride, from(p.weight, col, k0), cols, count, c);
+          k.pairs.dot(rows, x, stride, from(p.weight, col, k0), cols, count, c, nullptr);
         } else {
           k.dot(rows, x, stride, from(p.weight, col, k0), cols, count, c);
         }

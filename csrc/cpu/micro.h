@@ -49,7 +49,9 @@ void tile_of(const float* left, const float* panel, int64_t vector_stride, int64
       }
       __builtin_prefetch(left + kAhead * kLanes);
       __builtin_prefetch(ahead.panels, 0, 2);
-      ahead.panels += ahead.panels_step;
+      const char* const then = ahead.panels + ahead.panels_step;
+      ahead.panels = ahead.other;
+      ahead.other = then;
 #pragma GCC unroll 16
       for (int i = 0; i < kTileRows; ++i) {
         const T a = V::broadcast(left + i);
@@ -79,6 +81,10 @@ void tile(int rows, int vectors, const float* left, const float* panel, int64_t 
       return tile<Op, kTileRows - 1>(rows, vectors, left, panel, vector_stride, steps, c, accumulate, ahead);
     }
     if (!ahead.panels) ahead.panels = reinterpret_cast<const char*>(left);  // near already: costs a load slot, nothing else
+    if (!ahead.other) {
+      ahead.other = ahead.panels + ahead.panels_step;
+      ahead.panels_step *= 2;
+    }
     vectors == 1 ? tile_of<Op, kTileRows, 1>(left, panel, vector_stride, steps, c, accumulate, ahead)
                  : tile_of<Op, kTileRows, 2>(left, panel, vector_stride, steps, c, accumulate, ahead);
   }

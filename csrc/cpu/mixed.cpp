@@ -19,12 +19,12 @@ int64_t whole_rows(int64_t K) {
 
 MixedRows::MixedRows(const Kernels& k, const MixedBatch& batch, Side side, int64_t most_r, int64_t C, int64_t row0,
                      const Parts& tiles)
-    : k_(k), side_(side), most_r_(most_r), C_(C), row0_(row0), tiles_(tiles) {
+    : k_(k), side_(side), most_r_(most_r), C_(C), row0_(row0), ids_(batch.ids + row0), tiles_(tiles) {
   const int most = std::min(kDotRows, k.f32.rows);
   int64_t grouped = 0;
   for (int64_t t = 0; t < tiles.count; ++t) {
     first_.push_back(static_cast<int64_t>(runs_.size()));
-    const int64_t* ids = batch.ids + row0 + tiles.start(t);
+    const int64_t* ids = ids_ + tiles.start(t);
     const int rows = static_cast<int>(tiles.size(t));
     for (int i = 0; i < rows; ++i) {
       if (ids[i] < 0 || std::find(ids, ids + i, ids[i]) != ids + i) continue;  // with an earlier row's
@@ -40,25 +40,64 @@ MixedRows::MixedRows(const Kernels& k, const MixedBatch& batch, Side side, int64
   first_.push_back(static_cast<int64_t>(runs_.size()));
 }
 
-void MixedRows::multiply(int64_t tile, const float* tail_left, int rows, int64_t col, float* c) const {
-  const int panel = k_.panel(), cols = static_cast<int>(std::min<int64_t>(panel, C_ - col));
+const MixedRows::Run* MixedRows::next_alone(const Run* run, const Run* end) const {
+  return std::find_if(run, end, [&](const Run& r) { return alone(r); });
+}
+
+void MixedRows::multiply(int64_t tile, const float* tail_left, int rows, int64_t p0, int64_t p1, float* c,
+                         int64_t stride) const {
+  const int panel = k_.panel();
+  for (int i = 0; i < rows; ++i) {
+    if (ids_[tiles_.start(tile) + i] >= 0) continue;
+    for (int64_t p = p0; p < p1; ++p) std::fill_n(c + (p - p0) * stride + i * panel, panel, 0.f);
+  }
+  const Run* const end = runs_.data() + first_[tile + 1];
+  for (const Run* run = next_alone(runs_.data() + first_[tile], end); run < end;) {
+    const Run* const next = next_alone(run + 1, end);
+    const Matrix& B = run->adapter->lora_B;
+    const int64_t ahead = next < end ? next->adapter->lora_B.at(p0 * panel, 0) - B.at(p0 * panel, 0) : 0;
+    for (int64_t p = p0; p < p1; ++p) {
+      const int cols = static_cast<int>(std::min<int64_t>(panel, C_ - p * panel));
+      float* to = c + (p - p0) * stride + run->at[0] * panel;
+      k_.dot_short(tail_left + run->left, from(B, p * panel, 0), cols, run->adapter->r, to, ahead);
+    }
+    run = next;
+  }
+  for (int64_t p = p0; p < p1; ++p) multiply_packed(tile, tail_left, p, c + (p - p0) * stride);
+}
+
+MixedRows::Pieces MixedRows::pieces(int64_t tile, int64_t p0, int64_t p1) const {
+  const Run *first = runs_.data() + first_[tile], *end = runs_.data() + first_[tile + 1];
+  return {next_alone(first, end), end, p0 * k_.panel(), std::min(p1 * k_.panel(), C_) - p0 * k_.panel()};
+}
+
+void MixedRows::fetch(Pieces& pieces, int64_t steps, Ahead& ahead) const {
+  ahead.panels = ahead.other = nullptr;
+  if (pieces.run == pieces.end) return;
+  const Run* const other = next_alone(pieces.run + 1, pieces.end);
+  const Matrix& B = pieces.run->adapter->lora_B;
+  ahead.panels = ahead.other = B.at(pieces.col, 0);
+  if (other < pieces.end) ahead.other = other->adapter->lora_B.at(pieces.col, 0);
+  ahead.panels_step = ceil_div(2 * pieces.cols * B.row_stride * size_of(B.dtype), steps);
+  pieces.run = other < pieces.end ? next_alone(other + 1, pieces.end) : pieces.end;
+}
+
+// Runs of several rows, in one panel.
+void MixedRows::multiply_packed(int64_t tile, const float* tail_left, int64_t p, float* c) const {
+  const int panel = k_.panel();
   alignas(64) float packed[kUpSteps * 2 * kMaxLanes], products[kDotRows * 2 * kMaxLanes];
-  std::fill_n(c, rows * panel, 0.f);
   const Adapter* holds = nullptr;  // whose piece `packed` is
   for (int64_t n = first_[tile]; n < first_[tile + 1]; ++n) {
     const Run& run = runs_[n];
+    if (alone(run)) continue;
     const Adapter& a = *run.adapter;
-    if (alone(run)) {
-      k_.dot_short(tail_left + run.left, from(a.lora_B, col, 0), cols, a.r, c + run.at[0] * panel);
-      continue;
-    }
     const bool in_order = run.at[run.rows - 1] - run.at[0] == run.rows - 1;
     float* to = in_order ? c + run.at[0] * panel : products;
     for (int64_t s = 0; s < a.r; s += kUpSteps) {
       const int64_t steps = std::min(kUpSteps, a.r - s);
       if (holds != &a) {
         const Matrix right = side_ == Side::up_B ? transposed(a.lora_B) : a.lora_A;
-        pack_right(k_, k_.f32, right, C_, col, 2, s, steps, Mask{}, packed, steps * k_.lanes);
+        pack_right(k_, k_.f32, right, C_, p * panel, 2, s, steps, Mask{}, packed, steps * k_.lanes);
       }
       k_.f32.tile(run.rows, 2, tail_left + run.left + s * k_.lanes, packed, steps * k_.lanes, steps, to, s > 0, {});
     }
@@ -84,7 +123,7 @@ void MixedRows::down(int64_t tile, const LoraForward& p, float* own, float* tail
     const Run& run = runs_[n];
     const Adapter& a = *run.adapter;
     const bool in_pairs = pairs && a.lora_A.dtype == DType::bf16;
-    const auto dot = in_pairs ? k_.pairs.dot : k_.dot;
+    const char* next = n + 1 < first_[tile + 1] ? runs_[n + 1].adapter->lora_A.at(0, 0) : nullptr;
     for (int i = 0; i < run.rows; ++i) {
       Mask mask;
       if (p.dropout.threshold) {
@@ -100,7 +139,12 @@ void MixedRows::down(int64_t tile, const LoraForward& p, float* own, float* tail
       for (int64_t j = 0; j < a.r; j += panel) {
         const int cols = static_cast<int>(std::min<int64_t>(a.r - j, panel));
         const int64_t count = std::min(k_block, p.K - k0);
-        dot(run.rows, own + k0 / (in_pairs ? 2 : 1), stride, from(a.lora_A, j, k0), cols, count, sums + j * kDotRows);
+        const Matrix A = from(a.lora_A, j, k0);
+        if (in_pairs) {
+          k_.pairs.dot(run.rows, own + k0 / 2, stride, A, cols, count, sums + j * kDotRows, j + panel < a.r ? nullptr : next);
+        } else {
+          k_.dot(run.rows, own + k0, stride, A, cols, count, sums + j * kDotRows);
+        }
       }
     float* left = tail_left + run.left;
     const int lanes = alone(run) ? 1 : k_.lanes;

@@ -70,8 +70,9 @@ void dot_pairs_rows(const float* left, int64_t left_stride, const Matrix& right,
 
 // One row of x: the weight's rows one after the other, a single stream, which is what the hardware fetches best; its
 // prefetchers stop at the end of a page, hence pages ahead: four, fewer would be too late.
-inline void dot_pairs_one(const float* left, const Matrix& right, int cols, int64_t k, float* c) {
+inline void dot_pairs_one(const float* left, const Matrix& right, int cols, int64_t k, float* c, const char* next) {
   constexpr int kChains = 4, kPages = 4 * 4096;
+  const char* const end = right.at(cols, 0);
   const uint16_t* x = pair_row(left, 0, 0);
   for (int j0 = 0; j0 < cols; j0 += kLanes) {
     __m512 sums[kLanes];
@@ -79,6 +80,8 @@ inline void dot_pairs_one(const float* left, const Matrix& right, int cols, int6
     for (int j = 0; j < kLanes; ++j) sums[j] = V::zero();
     for (int j = 0; j < kLanes && j0 + j < cols; ++j) {
       const char* row = right.at(j0 + j, 0);
+      const char* ahead = row + kPages;
+      if (next && ahead >= end) ahead = next + (ahead - end);
       __m512 acc[kChains];
 #pragma GCC unroll 4
       for (int h = 0; h < kChains; ++h) acc[h] = V::zero();
@@ -87,7 +90,7 @@ inline void dot_pairs_one(const float* left, const Matrix& right, int cols, int6
 #pragma GCC unroll 4
         for (int h = 0; h < kChains; ++h) {
           const int64_t at = k0 + h * kPairRow;
-          __builtin_prefetch(row + at * 2 + kPages, 0, 2);
+          __builtin_prefetch(ahead + at * 2, 0, 3);
           acc[h] = _mm512_dpbf16_ps(acc[h], load_pairs(x + at), load_pairs(row + at * 2));
         }
       }
@@ -123,9 +126,59 @@ void dot_pairs_as(int rows, const float* left, int64_t left_stride, const Matrix
   }
 }
 
-inline void dot_pairs(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c) {
-  if (rows == 1) return dot_pairs_one(left, right, cols, k, c);
+inline void dot_pairs(int rows, const float* left, int64_t left_stride, const Matrix& right, int cols, int64_t k, float* c,
+                      const char* next) {
+  if (rows == 1) return dot_pairs_one(left, right, cols, k, c, next);
   dot_pairs_as(rows, left, left_stride, right, cols, k, c);
+}
+
+// A row of 16 in fp32 as three of bf16 whose sum it is, cut off and not rounded, so that none overflows: each twice, for two
+// right rows in a vector. What is not finite has the first one alone.
+inline void three_terms(const float* left, __m512bh terms[3]) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  __m512 rest = V::load(left);
+  const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_sub_ps(rest, rest), V::zero(), _CMP_EQ_OQ);
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) {
+    const __m512i term = _mm512_and_si512(_mm512_castps_si512(rest), upper);
+    const __m256i narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(term, 16));
+    terms[i] = reinterpret_cast<__m512bh>(_mm512_broadcast_i64x4(narrow));
+    rest = _mm512_maskz_sub_ps(finite, rest, _mm512_castsi512_ps(term));
+  }
+}
+
+inline __m512 add_shuffled(__m512 a, __m512 b) {
+  return V::add(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+}
+
+// dot_short of 16 k that lie side by side, without widening them: a vector holds two rows.
+inline void dot_short_pairs(const float* left, const Matrix& right, int cols, int64_t k, float* c, int64_t ahead) {
+  constexpr int64_t kRow = 16;
+  if (right.dtype != DType::bf16 || k != kRow || right.row_stride != kRow || cols % kLanes) {
+    return dot_short(left, right, cols, k, c, ahead);
+  }
+  __m512bh terms[3];
+  three_terms(left, terms);
+  const __m512i in_turn = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+  for (int j = 0; j < cols; j += kLanes) {
+    const char* rows = right.at(j, 0);
+    __m512 two[8], four[4], eight[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      __builtin_prefetch(rows + i * kLanes * 4 + ahead, 0, 3);
+      const __m512bh weights = load_pairs(rows + i * kLanes * 4);
+      two[i] = V::zero();
+#pragma GCC unroll 3
+      for (int t = 2; t >= 0; --t) two[i] = _mm512_dpbf16_ps(two[i], weights, terms[t]);
+    }
+    // Sums of neighbours, of those, and of quarters of vectors.
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) four[i] = add_shuffled(two[2 * i], two[2 * i + 1]);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) eight[i] = add_shuffled(four[2 * i], four[2 * i + 1]);
+    const __m512 sums = V::add(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88), _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
+    V::store(c + j, _mm512_permutexvar_ps(in_turn, sums));
+  }
 }
 
 // The 16 values in bf16, times a scale.
@@ -301,6 +354,7 @@ inline void dot_code_pairs(int rows, const float* left, int64_t left_stride, con
 }
 
 constexpr Kernels with_pair_dots(Kernels kernels) {
+  kernels.dot_short = dot_short_pairs;
   kernels.pairs = {dot_pairs, order_pairs};
   kernels.codes_bf16 = {dot_code_pairs, order_pairs, sizeof(uint16_t)};
   kernels.few_rows_bf16 = {24, 12, 24, 24};
