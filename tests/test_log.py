@@ -79,7 +79,7 @@ with torch.no_grad():
         f"lora_ops: OptimizedModule: qlora_forward: {by_address}, through the dispatcher",
         f"lora_ops: lora_general_forward: {by_address}, without the dispatcher",
         "lora_ops: lora_forward: reference.py, since a transform of torch.func is at work, without the dispatcher",
-        f"lora_ops: multi_lora_forward: {by_address}, without the dispatcher",
+        f"lora_ops: multi_lora_forward: {KERNELS}, tensors as they come, without the dispatcher",
     ]
 
 
