@@ -27,6 +27,7 @@ TRAINER_STEPS = int(os.environ.get("LORA_OPS_BENCH_TRAINER_STEPS", "20"))
 BATCH, LENGTH = 2, 256
 SCRIPTS = [
     Script("bf16"),
+    Script("bf16, keep_memory()", keep_memory=True),
     Script("dropout 0.05", lora_dropout=0.05),
     Script("QLoRA", four_bit=True),
     Script("DoRA", use_dora=True),

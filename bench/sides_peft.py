@@ -19,6 +19,7 @@ import transformers
 from _run import load_in_4_bits, reset_peak, resident_mib
 from torch import Tensor, nn
 
+from lora_ops import keep_memory
 from lora_ops.integrations.peft import patch
 
 LEARNING_RATE = 2e-4
@@ -33,6 +34,7 @@ class Script:
     lora_dropout: float = 0.0
     use_dora: bool = False
     four_bit: bool = False  # NF4 by bitsandbytes, double quantisation, everything else bf16
+    keep_memory: bool = False  # lora_ops.keep_memory(), on both sides
     trainer: str | None = None  # "Trainer" or "SFTTrainer"; else a loop of its own
     settings: tuple[tuple[str, Any], ...] = ()  # of the trainer, which is otherwise as it is by default
 
@@ -52,6 +54,8 @@ class Side:
         warnings.simplefilter("ignore")
         torch.set_num_threads(threads)
         torch.manual_seed(0)
+        if script.keep_memory and not keep_memory():
+            raise RuntimeError("keep_memory needs glibc")
         self.data = torch.from_numpy(data)
         if script.four_bit:
             self.model = load_in_4_bits(base, torch.bfloat16)

@@ -33,6 +33,7 @@ from .build_info import build_info
 from .cuda import dispatch as _cuda  # noqa: F401  (registers)
 from .dora import dora_linear
 from .functional import lora_linear, qlora_linear
+from .memory import keep_memory
 from .multi import AdapterBank, multi_lora_linear
 from .nn.conv import FusedLoraConv1d, FusedLoraConv2d, FusedLoraConv3d
 from .nn.embedding import FusedLoraEmbedding
@@ -68,6 +69,7 @@ __all__ = [
     "factors_to_lora",
     "hotswap_adapter",
     "init",
+    "keep_memory",
     "load_adapter",
     "lora_layers",
     "lora_linear",
