@@ -72,6 +72,17 @@ void bias_of(Tensors& tensors, const py::object& bias, DType x, int64_t N, Matri
   tensors.beside(x, out.dtype);
 }
 
+// (y, S) of what fits.
+py::object run_forward(const Tensors& tensors, LoraForward& p, const py::object& x, const py::tuple& drop, int threads) {
+  p.dropout = dropout(drop);
+  p.threads = threads;
+  py::object y = tensors.new_like(x, p.N, p.x.dtype), S = tensors.new_matrix(p.M, p.r, DType::f32);
+  p.y = {tensors.address(y), p.N, 1, p.x.dtype};
+  p.S = static_cast<float*>(tensors.address(S));
+  released([&] { lora_forward(p); });
+  return py::make_tuple(y, S);
+}
+
 py::object forward(const py::object& x, const py::tuple& weight, const py::object& lora_A, const py::object& lora_B,
                    const py::object& bias, const py::object& panels, const py::tuple& drop, double scaling, double dropout_p,
                    int threads) {
@@ -92,13 +103,7 @@ py::object forward(const py::object& x, const py::tuple& weight, const py::objec
   if (!tensors.fit()) return py::none();
 
   p.scaling = static_cast<float>(scaling);
-  p.dropout = dropout(drop);
-  p.threads = threads;
-  py::object y = tensors.new_like(x, p.N, dtype), S = tensors.new_matrix(p.M, p.r, DType::f32);
-  p.y = {tensors.address(y), p.N, 1, dtype};
-  p.S = static_cast<float*>(tensors.address(S));
-  released([&] { lora_forward(p); });
-  return py::make_tuple(y, S);
+  return run_forward(tensors, p, x, drop, threads);
 }
 
 py::object backward(const py::object& dy, const py::object& x, const py::tuple& weight, const py::object& lora_A,
@@ -173,13 +178,7 @@ py::object multi_forward(const py::object& x, const py::tuple& weight, const std
 
   p.mixed.adapters = adapters.data(), p.mixed.count = count;
   p.scaling = 1.f;
-  p.dropout = dropout(drop);
-  p.threads = threads;
-  py::object y = tensors.new_like(x, p.N, dtype), S = tensors.new_matrix(p.M, p.r, DType::f32);
-  p.y = {tensors.address(y), p.N, 1, dtype};
-  p.S = static_cast<float*>(tensors.address(S));
-  released([&] { lora_forward(p); });
-  return py::make_tuple(y, S);
+  return run_forward(tensors, p, x, drop, threads);
 }
 
 }  // namespace

@@ -81,7 +81,7 @@ def _dtype(adapters: list[Tensor]) -> int:
 
 
 def _forward_cpu(x, weight, K, blocksize, quant_type, lora_A, lora_B, scalings, adapter_ids, bias, seed, dropout_p):  # type: ignore[no-untyped-def]
-    if not ops.base_on_torch(x.dtype):
+    if x.shape[-1:] == (K,) and not ops.base_on_torch(x.dtype):
         whole, drop = _codes(weight, blocksize, quant_type) if quant_type else tuple(weight), ops._dropout(seed, dropout_p)
         threads = torch.get_num_threads()
         done = _C.multi_forward_of_tensors(x, whole, lora_A, lora_B, scalings, adapter_ids, bias, drop, dropout_p, threads)

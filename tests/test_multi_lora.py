@@ -340,6 +340,13 @@ BAD = {
 }
 
 
+def test_the_operator_itself_holds_its_K_against_x():
+    A, B = torch.randn(2, 8), torch.randn(4, 2)
+    rest = 9, 0, "", [A], [B], torch.ones(1, dtype=torch.float64), torch.zeros(3, dtype=torch.int64), None, None, 0.0
+    with pytest.raises(ValueError, match="K = 9"):
+        torch.ops.lora_ops.multi_lora_forward(torch.randn(3, 8), [torch.randn(4, 8)], *rest)
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_input_is_named_with_its_value(bad):
     wrong, kind, what, value = BAD[bad]
