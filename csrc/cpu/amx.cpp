@@ -79,7 +79,7 @@ void pack_left(const Matrix& src, int rows, int64_t k, Mask, float* out) {
 // kBelow: there are more than 16 rows. kRight: there are two vectors of columns.
 template <bool kBelow, bool kRight>
 void tile_of(const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c, bool accumulate,
-             Ahead ahead) {
+             const Ahead& ahead) {
   float* below = c + kTileRows * kPanel;
   if (accumulate) {
     _tile_loadd(0, c, kRowBytes);
@@ -92,16 +92,14 @@ void tile_of(const float* left, const float* panel, int64_t vector_stride, int64
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t s = 0; s < steps; s += kTileSteps) {
-    for (int64_t b = 0; b < kTileSteps * ahead.left_step; b += kLine) __builtin_prefetch(ahead.left + b, 0, 2);
-    ahead.left += kTileSteps * ahead.left_step;
-    const int64_t share = kTileSteps * ahead.panels_step / (ahead.other ? 2 : 1);
-    for (int64_t b = 0; b < share; b += kLine) {
+  const int64_t left_share = kTileSteps * ahead.left_step;
+  const int64_t share = kTileSteps * ahead.panels_step / (ahead.other ? 2 : 1);
+  for (int64_t s = 0, i = 0; s < steps; s += kTileSteps, ++i) {
+    for (int64_t b = i * left_share; b < (i + 1) * left_share; b += kLine) __builtin_prefetch(ahead.left + b, 0, 2);
+    for (int64_t b = i * share; b < (i + 1) * share; b += kLine) {
       __builtin_prefetch(ahead.panels + b, 0, 2);
       if (ahead.other) __builtin_prefetch(ahead.other + b, 0, 2);
     }
-    ahead.panels += share;
-    if (ahead.other) ahead.other += share;
     _tile_loadd(4, left, kLine);
     _tile_loadd(6, panel, kLine);
     _tile_dpbf16ps(0, 4, 6);
@@ -124,7 +122,7 @@ void tile_of(const float* left, const float* panel, int64_t vector_stride, int64
 }
 
 void tile_bf16(int rows, int vectors, const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c,
-               bool accumulate, Ahead ahead) {
+               bool accumulate, const Ahead& ahead) {
   const auto of = rows > kTileRows ? (vectors == 2 ? tile_of<true, true> : tile_of<true, false>)
                                    : (vectors == 2 ? tile_of<false, true> : tile_of<false, false>);
   of(left, panel, vector_stride, steps, c, accumulate, ahead);

@@ -166,7 +166,7 @@ void strip_of(const Rows& rows, const float* x_panels, int64_t vector_stride, in
       for (int64_t m = 0; m < M; m += kPanel)
         tile_bf16(kStripRows, M - m > kLanes ? 2 : 1, reinterpret_cast<const float*>(fetched),
                   x_panels + m / kLanes * vector_stride + k0 / 2 * kLanes, vector_stride, count / 2,
-                  products + m / kPanel * kStripRows * kPanel, k0 > 0, {});
+                  products + m / kPanel * kStripRows * kPanel, k0 > 0, kNothingAhead);
     }
   }
   end();

@@ -36,9 +36,9 @@ double best_seconds(const F& body) {
 bool bf16_outruns_f32() {
   alignas(64) static float left[256 * 16], panel[256 * 32], c[kMaxTile];
   const double f32 =
-      best_seconds([] { kAvx512Bf16.f32.tile(kAvx512Bf16.f32.rows, 2, left, panel, 128 * 16, 128, c, false, {}); });
-  const double bf16 =
-      best_seconds([] { kAvx512Bf16.bf16.tile(kAvx512Bf16.bf16.rows, 2, left, panel, 128 * 16, 128, c, false, {}); });
+      best_seconds([] { kAvx512Bf16.f32.tile(kAvx512Bf16.f32.rows, 2, left, panel, 128 * 16, 128, c, false, kNothingAhead); });
+  const double bf16 = best_seconds(
+      [] { kAvx512Bf16.bf16.tile(kAvx512Bf16.bf16.rows, 2, left, panel, 128 * 16, 128, c, false, kNothingAhead); });
   return bf16 < 1.5 * f32;  // per step, which is two k in bf16
 }
 

@@ -142,7 +142,7 @@ void DownPanels::scale(const float* scale, int64_t task) const {
 }
 
 void DownPanels::multiply(const float* left, int rows, int64_t j, float* c) const {
-  k.f32.tile(rows, r - j > k.lanes ? 2 : 1, left, data + j * R, R * k.lanes, R, c, false, {});
+  k.f32.tile(rows, r - j > k.lanes ? 2 : 1, left, data + j * R, R * k.lanes, R, c, false, kNothingAhead);
 }
 
 void UpPanels::pack(const Matrix& right, int64_t task) const {
@@ -227,6 +227,26 @@ void Product::fetch_out(int64_t tile, int64_t panel) const {
       for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(m->at(i, panel * k.panel()) + b, 1, 2);
 }
 
+// What call `call` of `calls`, of so many steps, brings up of the part of the right operand that block k0 of `task` will pack.
+void Product::fetch_right(int64_t task, int64_t k0, int64_t call, int64_t calls, int64_t steps, Ahead& ahead) const {
+  const int64_t col = first_panel(task) * k.panel(), columns = std::min(last_panel(task) * k.panel(), C) - col;
+  const int64_t element = size_of(right.dtype), count = std::min(k_block, R - k0);
+  ahead.panels = nullptr;
+  if (right.row_stride == 1) {
+    const bool whole = right.col_stride == R && count == R;  // columns lie one behind the other
+    const int64_t share = whole ? ceil_div(columns * R, calls) : count;
+    ahead.panels = right.at(k0, col + (whole ? 0 : call * columns / calls)) + (whole ? call * share * element : 0);
+    ahead.panels_step = ceil_div(share * element, steps);
+  } else if (right.col_stride == 1 && arithmetic.multiple == 1) {
+    // A line a step of one panel: the last tiles' calls are enough, two for a panel's width.
+    const int64_t panels_here = ceil_div(columns, k.panel()), left_over = (calls - 1 - call) / panels_here;
+    const int64_t row = left_over % arithmetic.k_per_step, line = left_over / arithmetic.k_per_step * kLine;
+    if (line >= k.panel() * element) return;
+    ahead.panels = right.at(k0 + row, col + call % panels_here * k.panel()) + line;
+    ahead.panels_step = right.row_stride * element * arithmetic.k_per_step;
+  }
+}
+
 void Product::run(int64_t task, int64_t next, int thread) const {
   const Parts row_split(tiles.count, ceil_div(tiles.count, row_parts));
   const int64_t part = task % row_parts;
@@ -270,6 +290,9 @@ void Product::run(int64_t task, int64_t next, int thread) const {
     ahead.panels_step = ceil_div(panels_share, block_steps.count);
     if (panels_share) ahead.panels = reinterpret_cast<const char*>(kept(first_panel(next_task), next_k0));
 
+    const bool fetches_right = next_steps.count && !panels && !quantized.codes && !mixed;
+    int64_t call = 0;
+
     for (int64_t t = tile0; t < tile1; ++t) {
       const float* tile_left = left + t * steps.left + first * left_step;
       ahead.left = reinterpret_cast<const char*>(left + t * steps.left + next_k0 / arithmetic.k_per_step * left_step);
@@ -290,6 +313,7 @@ void Product::run(int64_t task, int64_t next, int thread) const {
         if (k0 == 0 && begun && !mixed) start(t, p, p + 1, c, 0);
         if (last) fetch_out(t, p);
         if (mixed) mixed->fetch(pieces, block_steps.count, ahead);
+        if (fetches_right) fetch_right(next_task, next_k0, call++, calls, block_steps.count, ahead);
         arithmetic.tile(static_cast<int>(tiles.size(t)), 2, tile_left, panel, vector_stride, block_steps.count, c, begun,
                         ahead);
         if (last) finish(t, p, c);

@@ -136,7 +136,7 @@ struct UpPanels {  // right (r, C)
   void multiply(const float* left, int rows, int64_t panel, float* c, bool accumulate = false) const {
     const float* right = data + panel * r * k.panel();
     each_f32_tile(k, rows, [&](int64_t i, int rows_here) {
-      k.f32.tile(rows_here, 2, left + left_at(i), right, r * k.lanes, r, c + i * k.panel(), accumulate, {});
+      k.f32.tile(rows_here, 2, left + left_at(i), right, r * k.lanes, r, c + i * k.panel(), accumulate, kNothingAhead);
     });
   }
 
@@ -194,6 +194,7 @@ struct Product {
   int64_t last_panel(int64_t task) const { return std::min(first_panel(task) + group, ceil_div(C, k.panel())); }
   const float* kept(int64_t panel, int64_t k0) const;
   void fetch_out(int64_t tile, int64_t panel) const;
+  void fetch_right(int64_t task, int64_t k0, int64_t call, int64_t calls, int64_t steps, Ahead& ahead) const;
   void finish(int64_t tile, int64_t panel, float* c) const;
   void start(int64_t tile, int64_t p0, int64_t p1, float* c, int64_t stride) const;
 };

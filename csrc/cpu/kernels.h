@@ -38,7 +38,7 @@ struct Mask {
 };
 
 // Memory that a tile brings to L2 as it goes, so many bytes further at each step, for whoever comes next: `panels`, or two
-// pieces elsewhere, in turn.
+// pieces elsewhere, in turn. Passed by reference: a copy of fields just written one by one waits until they are in L1.
 struct Ahead {
   const char* panels = nullptr;
   const char* other = nullptr;
@@ -46,6 +46,8 @@ struct Ahead {
   const char* left = nullptr;  // for arithmetic that outruns the path from L3
   int64_t left_step = 0;
 };
+
+inline constexpr Ahead kNothingAhead = {};
 
 // Most steps of a block of the reduction, panels of a group, and rows of M at a time (gemm.h). 0: what the caches suggest.
 struct Blocking {
@@ -69,7 +71,7 @@ struct Arithmetic {
   void (*pack_straight)(const Matrix& src, int64_t cols, int64_t k, Mask mask, float* out, int vectors, int64_t vector_stride);
   // c[i][j] (+)= Σ_step left[step][i] · panel[step][j], over one or two vectors of columns, vector_stride apart
   void (*tile)(int rows, int vectors, const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c,
-               bool accumulate, Ahead ahead);
+               bool accumulate, const Ahead& ahead);
   // `iterations` steps of a whole tile on registers alone: the bench's 100 %
   float (*multiply_adds)(int64_t iterations);
   // A packed left tile of k as fp32's pack_left has it, where fp32's tiles have as many rows; or null. The tile itself is
@@ -125,6 +127,8 @@ struct Kernels {
   // Columns [k0, k0 + k) of a row of a 4-bit weight as fp32 or bf16, k0 a multiple of 128, k <= kMostDecoded: groups of 32,
   // `group_stride` bytes apart, whole ones.
   void (*decode)(const QuantizedWeight& w, int64_t row, int64_t k0, int64_t k, DType to, char* out, int64_t group_stride);
+  // f32.tile over two vectors of right's columns where they lie, contiguous
+  void (*tile_in_place)(int rows, const float* left, const Matrix& right, int64_t steps, float* c, bool accumulate);
   // y[i][j] = c[i][j] + bias[j], rounded once to y's type
   void (*store_tile)(const float* c, int rows, int cols, const Matrix& bias, const Matrix& y);
   // c[i][j] (+)= y[i][j]

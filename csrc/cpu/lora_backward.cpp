@@ -20,7 +20,7 @@ namespace lora_ops {
 namespace {
 
 constexpr int64_t kColumns = 8;     // panels of a task that reduces over rows: neighbours in memory, read together
-constexpr int64_t kRowBlock = 256;  // rows of a panel packed at a time
+constexpr int64_t kRowBlock = 256;  // rows of a panel at a time
 constexpr int64_t kDotChain = 32;   // rows of dy ∘ z summed before they meet the rest
 
 // sums (rows, C) = leftᵀ · right over all rows of M, block by block: left (M, rows) skinny, right (M, C) wide.
@@ -54,13 +54,20 @@ struct RowReduction {
     const int64_t p0 = task * kColumns, p1 = std::min(p0 + kColumns, panels());
     for (int64_t m = 0; m < M; m += kRowBlock) {
       const int64_t rows = std::min(kRowBlock, M - m);
+      if (right.col_stride == 1 && !mask.words && p1 * k.panel() <= C) {
+        for (int64_t p = p0; p < p1; ++p)
+          for (int64_t t = 0; t < tiles.count; ++t)
+            k.tile_in_place(static_cast<int>(tiles.size(t)), left + left_at(t, m, M), from(right, m, p * k.panel()), rows,
+                            sum(p, tiles.start(t)), !first_block || m > 0);
+        continue;
+      }
       const Mask part{mask.words ? mask.words + m * mask.row_stride : nullptr, mask.row_stride, p0 * k.panel()};
       const int64_t vector_stride = padded_vector(rows * k.lanes);
       pack_right(k, k.f32, right, C, p0 * k.panel(), static_cast<int>(2 * (p1 - p0)), m, rows, part, packed, vector_stride);
       for (int64_t p = p0; p < p1; ++p)
         for (int64_t t = 0; t < tiles.count; ++t) {
           k.f32.tile(static_cast<int>(tiles.size(t)), 2, left + left_at(t, m, M), packed + (p - p0) * 2 * vector_stride,
-                     vector_stride, rows, sum(p, tiles.start(t)), !first_block || m > 0, {});
+                     vector_stride, rows, sum(p, tiles.start(t)), !first_block || m > 0, kNothingAhead);
         }
     }
   }

@@ -27,12 +27,44 @@ struct F32 {
   static typename V::T multiply_add(typename V::T a, typename V::T b, typename V::T c) { return V::fma(a, b, c); }
 };
 
-template <class Op, int kTileRows, int kVectors>
-void tile_of(const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c, bool accumulate,
-             Ahead ahead) {
+template <DType kType>
+typename V::T load_as(const void* row, int64_t i) {
+  if constexpr (kType == DType::f32) return V::load(static_cast<const float*>(row) + i);
+  if constexpr (kType == DType::bf16) return V::load_bf16(static_cast<const uint16_t*>(row) + i);
+  if constexpr (kType == DType::f16) return V::load_f16(static_cast<const uint16_t*>(row) + i);
+}
+
+// A tile's right operand: packed, or rows of two vectors where they lie, widened as they are loaded.
+struct Panel {
+  const float* panel;
+  int64_t vector_stride;
+  typename V::T load(int v) const {
+    __builtin_prefetch(panel + v * vector_stride + kAhead * kLanes);
+    return V::load(panel + v * vector_stride);
+  }
+  void next() { panel += kLanes; }
+};
+template <DType kType>
+struct InPlace {
+  const char* row;
+  int64_t stride;  // bytes
+  typename V::T load(int v) const {
+    const int64_t at = v * kLanes * size_of(kType);
+    if (at % 64 == 0) __builtin_prefetch(row + kFetchedRows * stride + at);
+    return load_as<kType>(row, v * kLanes);
+  }
+  void next() { row += stride; }
+};
+
+template <class Op, int kTileRows, int kVectors, class Right>
+void tile_of(const float* left, Right right, int64_t steps, float* c, bool accumulate, const Ahead& ahead) {
   using T = typename V::T;
   const int64_t eighth = steps / 8 < kLongestChain ? steps / 8 : kLongestChain;
   const int64_t flush = eighth < V::kShortestChain ? V::kShortestChain : eighth;
+  // Without anything ahead, what is near already costs a load slot, nothing else.
+  const char* fetched = ahead.panels ? ahead.panels : reinterpret_cast<const char*>(left);
+  const char* fetched_then = ahead.other ? ahead.other : fetched + ahead.panels_step;
+  const int64_t fetched_step = ahead.other ? ahead.panels_step : 2 * ahead.panels_step;
   do {
     const int64_t block = steps < flush ? steps : flush;
     T acc[kTileRows][kVectors];
@@ -43,22 +75,19 @@ void tile_of(const float* left, const float* panel, int64_t vector_stride, int64
     for (int64_t s = 0; s < block; ++s) {
       T b[kVectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        b[v] = V::load(panel + v * vector_stride);
-        __builtin_prefetch(panel + v * vector_stride + kAhead * kLanes);
-      }
+      for (int v = 0; v < kVectors; ++v) b[v] = right.load(v);
       __builtin_prefetch(left + kAhead * kLanes);
-      __builtin_prefetch(ahead.panels, 0, 2);
-      const char* const then = ahead.panels + ahead.panels_step;
-      ahead.panels = ahead.other;
-      ahead.other = then;
+      __builtin_prefetch(fetched, 0, 2);
+      const char* const next = fetched + fetched_step;
+      fetched = fetched_then;
+      fetched_then = next;
 #pragma GCC unroll 16
       for (int i = 0; i < kTileRows; ++i) {
         const T a = V::broadcast(left + i);
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) acc[i][v] = Op::multiply_add(a, b[v], acc[i][v]);
       }
-      panel += kLanes;
+      right.next();
       left += kLanes;
     }
 #pragma GCC unroll 16
@@ -75,26 +104,38 @@ void tile_of(const float* left, const float* panel, int64_t vector_stride, int64
 
 template <class Op, int kTileRows = V::kRows>
 void tile(int rows, int vectors, const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c,
-          bool accumulate, Ahead ahead) {
+          bool accumulate, const Ahead& ahead) {
   if constexpr (kTileRows > 0) {
     if (rows != kTileRows) {
       return tile<Op, kTileRows - 1>(rows, vectors, left, panel, vector_stride, steps, c, accumulate, ahead);
     }
-    if (!ahead.panels) ahead.panels = reinterpret_cast<const char*>(left);  // near already: costs a load slot, nothing else
-    if (!ahead.other) {
-      ahead.other = ahead.panels + ahead.panels_step;
-      ahead.panels_step *= 2;
-    }
-    vectors == 1 ? tile_of<Op, kTileRows, 1>(left, panel, vector_stride, steps, c, accumulate, ahead)
-                 : tile_of<Op, kTileRows, 2>(left, panel, vector_stride, steps, c, accumulate, ahead);
+    const Panel right{panel, vector_stride};
+    vectors == 1 ? tile_of<Op, kTileRows, 1>(left, right, steps, c, accumulate, ahead)
+                 : tile_of<Op, kTileRows, 2>(left, right, steps, c, accumulate, ahead);
   }
 }
 
-template <DType kType>
-typename V::T load_as(const void* row, int64_t i) {
-  if constexpr (kType == DType::f32) return V::load(static_cast<const float*>(row) + i);
-  if constexpr (kType == DType::bf16) return V::load_bf16(static_cast<const uint16_t*>(row) + i);
-  if constexpr (kType == DType::f16) return V::load_f16(static_cast<const uint16_t*>(row) + i);
+#define LORA_OPS_BY_DTYPE(dtype, function, ...)  \
+  switch (dtype) {                               \
+    case DType::f32:                             \
+      return function<DType::f32>(__VA_ARGS__);  \
+    case DType::bf16:                            \
+      return function<DType::bf16>(__VA_ARGS__); \
+    case DType::f16:                             \
+      return function<DType::f16>(__VA_ARGS__);  \
+  }
+
+template <DType kType, int kTileRows = V::kRows>
+void tile_in_place_as(int rows, const float* left, const Matrix& right, int64_t steps, float* c, bool accumulate) {
+  if constexpr (kTileRows > 0) {
+    if (rows != kTileRows) return tile_in_place_as<kType, kTileRows - 1>(rows, left, right, steps, c, accumulate);
+    const InPlace<kType> rows_of{right.at(0, 0), right.row_stride * size_of(kType)};
+    tile_of<F32, kTileRows, 2>(left, rows_of, steps, c, accumulate, kNothingAhead);
+  }
+}
+
+inline void tile_in_place(int rows, const float* left, const Matrix& right, int64_t steps, float* c, bool accumulate) {
+  LORA_OPS_BY_DTYPE(right.dtype, tile_in_place_as, rows, left, right, steps, c, accumulate)
 }
 
 // `count` < kLanes elements, the rest zero: nothing behind the row is read.
@@ -166,16 +207,6 @@ void pack_straight_as(const Matrix& src, int64_t cols, int64_t k, Mask mask, flo
     }
   }
 }
-
-#define LORA_OPS_BY_DTYPE(dtype, function, ...)  \
-  switch (dtype) {                               \
-    case DType::f32:                             \
-      return function<DType::f32>(__VA_ARGS__);  \
-    case DType::bf16:                            \
-      return function<DType::bf16>(__VA_ARGS__); \
-    case DType::f16:                             \
-      return function<DType::f16>(__VA_ARGS__);  \
-  }
 
 inline void pack_transposed(const Matrix& src, int rows, int64_t k, Mask mask, float* out) {
   LORA_OPS_BY_DTYPE(src.dtype, pack_transposed_as, src, rows, k, mask, out)
@@ -271,12 +302,28 @@ constexpr Arithmetic kF32 = {
     V::kRows, 1, 1, {}, nullptr, nullptr, pack_transposed, pack_transposed, pack_straight, tile<F32>, multiply_adds<F32>};
 
 constexpr Kernels table(const char* name, Arithmetic bf16) {
-  return {name,        kLanes,       V::kFewRows,
-          kF32,        bf16,         dot,
-          dot_order,   dot_short,    {dot_codes, dot_order_codes},
-          {},          {},           V::kFewRows,
-          decode,      store_tile,   load_tile,
-          mask_tile,   scale_tile,   scale_row,
-          column_dots, dropout_mask, read_all,
-          nullptr,     nullptr};
+  return {name,
+          kLanes,
+          V::kFewRows,
+          kF32,
+          bf16,
+          dot,
+          dot_order,
+          dot_short,
+          {dot_codes, dot_order_codes},
+          {},
+          {},
+          V::kFewRows,
+          decode,
+          tile_in_place,
+          store_tile,
+          load_tile,
+          mask_tile,
+          scale_tile,
+          scale_row,
+          column_dots,
+          dropout_mask,
+          read_all,
+          nullptr,
+          nullptr};
 }

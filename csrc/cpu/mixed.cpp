@@ -99,7 +99,7 @@ void MixedRows::multiply_packed(int64_t tile, const float* tail_left, int64_t p,
         const Matrix right = side_ == Side::up_B ? transposed(a.lora_B) : a.lora_A;
         pack_right(k_, k_.f32, right, C_, p * panel, 2, s, steps, Mask{}, packed, steps * k_.lanes);
       }
-      k_.f32.tile(run.rows, 2, tail_left + run.left + s * k_.lanes, packed, steps * k_.lanes, steps, to, s > 0, {});
+      k_.f32.tile(run.rows, 2, tail_left + run.left + s * k_.lanes, packed, steps * k_.lanes, steps, to, s > 0, kNothingAhead);
     }
     holds = a.r <= kUpSteps ? &a : nullptr;
     if (in_order) continue;
@@ -182,7 +182,7 @@ void MixedRows::down(int64_t tile, const LoraBackward& p, float* own, float* tai
                  steps * lanes);
       for (int64_t j = 0; j < a.r; j += panel)
         k_.f32.tile(run.rows, a.r - j > lanes ? 2 : 1, left, right + j * steps, steps * lanes, steps, sums + j * kDotRows,
-                    n0 > 0, {});
+                    n0 > 0, kNothingAhead);
     }
     const float scale = a.scaling * p.dropout.keep_scale;
     float* tail = tail_left + run.left;
@@ -239,7 +239,7 @@ void run_row_sum(const Kernels& k, const RowSum& s, int64_t left_stride, int64_t
     for (int64_t p = 0; p < panels; ++p)
       for (int64_t t = 0; t < tiles.count; ++t)
         k.f32.tile(static_cast<int>(tiles.size(t)), 2, left + t * rows * k.lanes, right + p * rows * k.panel(), rows * k.lanes,
-                   rows, sums + (p * s.r + tiles.start(t)) * k.panel(), m0 > 0, {});
+                   rows, sums + (p * s.r + tiles.start(t)) * k.panel(), m0 > 0, kNothingAhead);
   }
   for (int64_t p = 0; p < panels; ++p) {
     const int cols = static_cast<int>(std::min<int64_t>(count - p * k.panel(), k.panel()));
