@@ -230,19 +230,24 @@ void Product::fetch_out(int64_t tile, int64_t panel) const {
 // What call `call` of `calls`, of so many steps, brings up of the part of the right operand that block k0 of `task` will pack.
 void Product::fetch_right(int64_t task, int64_t k0, int64_t call, int64_t calls, int64_t steps, Ahead& ahead) const {
   const int64_t col = first_panel(task) * k.panel(), columns = std::min(last_panel(task) * k.panel(), C) - col;
-  const int64_t element = size_of(right.dtype), count = std::min(k_block, R - k0);
+  const int64_t count = std::min(k_block, R - k0), element = size_of(right.dtype);
+  const bool codes = quantized.codes;
   ahead.panels = nullptr;
-  if (right.row_stride == 1) {
-    const bool whole = right.col_stride == R && count == R;  // columns lie one behind the other
-    const int64_t share = whole ? ceil_div(columns * R, calls) : count;
-    ahead.panels = right.at(k0, col + (whole ? 0 : call * columns / calls)) + (whole ? call * share * element : 0);
-    ahead.panels_step = ceil_div(share * element, steps);
-  } else if (right.col_stride == 1 && arithmetic.multiple == 1) {
-    // A line a step of one panel: the last tiles' calls are enough, two for a panel's width.
-    const int64_t panels_here = ceil_div(columns, k.panel()), left_over = (calls - 1 - call) / panels_here;
-    const int64_t row = left_over % arithmetic.k_per_step, line = left_over / arithmetic.k_per_step * kLine;
+  if (codes ? transpose : right.row_stride == 1) {
+    // Columns are rows of the weight, one behind the other: a stretch of them for each call, or the block's part of one row.
+    const char* weight = codes ? reinterpret_cast<const char*>(quantized.codes) : right.at(0, 0);
+    const int64_t row = codes ? row_bytes(R) : right.col_stride * element;
+    const bool whole = count == R && (codes || right.col_stride == R);
+    const int64_t share = whole ? ceil_div(columns * row, calls) : codes ? count / 2 : count * element;
+    const int64_t begin = whole ? call * share : call * columns / calls * row + (codes ? k0 / 2 : k0 * element);
+    ahead.panels = weight + col * row + begin;
+    ahead.panels_step = ceil_div(share, steps);
+  } else if (!codes && right.col_stride == 1 && arithmetic.multiple == 1) {
+    // A line of a panel at each step, row after row: one or two of the last tiles' calls.
+    const int64_t panels_here = ceil_div(columns, k.panel()), nth = (calls - 1 - call) / panels_here;
+    const int64_t line = nth / arithmetic.k_per_step * kLine;
     if (line >= k.panel() * element) return;
-    ahead.panels = right.at(k0 + row, col + call % panels_here * k.panel()) + line;
+    ahead.panels = right.at(k0 + nth % arithmetic.k_per_step, col + call % panels_here * k.panel()) + line;
     ahead.panels_step = right.row_stride * element * arithmetic.k_per_step;
   }
 }
@@ -290,7 +295,7 @@ void Product::run(int64_t task, int64_t next, int thread) const {
     ahead.panels_step = ceil_div(panels_share, block_steps.count);
     if (panels_share) ahead.panels = reinterpret_cast<const char*>(kept(first_panel(next_task), next_k0));
 
-    const bool fetches_right = next_steps.count && !panels && !quantized.codes && !mixed;
+    const bool fetches_right = next_steps.count && !panels && !mixed;
     int64_t call = 0;
 
     for (int64_t t = tile0; t < tile1; ++t) {
