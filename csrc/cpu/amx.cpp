@@ -92,14 +92,13 @@ void tile_of(const float* left, const float* panel, int64_t vector_stride, int64
     _tile_zero(2);
     _tile_zero(3);
   }
-  const int64_t left_share = kTileSteps * ahead.left_step;
-  const int64_t share = kTileSteps * ahead.panels_step / (ahead.other ? 2 : 1);
-  for (int64_t s = 0, i = 0; s < steps; s += kTileSteps, ++i) {
-    for (int64_t b = i * left_share; b < (i + 1) * left_share; b += kLine) __builtin_prefetch(ahead.left + b, 0, 2);
-    for (int64_t b = i * share; b < (i + 1) * share; b += kLine) {
-      __builtin_prefetch(ahead.panels + b, 0, 2);
-      if (ahead.other) __builtin_prefetch(ahead.other + b, 0, 2);
-    }
+  for (int64_t s = 0; s < steps; s += kTileSteps) {
+    const auto fetch = [&](const char* from, int64_t step) {
+      for (int64_t b = s * step; from && b < (s + kTileSteps) * step; b += kLine) __builtin_prefetch(from + b, 0, 2);
+    };
+    fetch(ahead.left, ahead.left_step);
+    fetch(ahead.right, ahead.right_step);
+    for (const char* piece : ahead.pieces) fetch(piece, ahead.pieces_step / 2);
     _tile_loadd(4, left, kLine);
     _tile_loadd(6, panel, kLine);
     _tile_dpbf16ps(0, 4, 6);
@@ -169,6 +168,7 @@ const Kernels kAmx =
                                                                                     amx::pack_pairs_transposed<amx::kTileSteps>,
                                                                                     amx::pack_pairs_straight<amx::kTileSteps>,
                                                                                     amx::tile_bf16,
+                                                                                    nullptr,
                                                                                     amx::multiply_adds_bf16}))));
 
 }  // namespace lora_ops

@@ -41,6 +41,7 @@ const Kernels kAvx512Bf16 = avx512_bf16::with_pair_dots(avx512_bf16::with_pairs(
                                                                            avx512_bf16::pack_pairs_transposed<1>,
                                                                            avx512_bf16::pack_pairs_straight<1>,
                                                                            avx512_bf16::tile<avx512_bf16::Bf16Pairs>,
+                                                                           avx512_bf16::tile_with_tail<avx512_bf16::Bf16Pairs>,
                                                                            avx512_bf16::multiply_adds<avx512_bf16::Bf16Pairs>,
                                                                            avx512_bf16::widen_pairs}))));
 

@@ -15,7 +15,8 @@ constexpr int64_t kFlushSteps = 256;      // blocks of the reduction are multipl
 constexpr int64_t kMostGroup = 4;         // panels that a tile of the left operand passes over while it is in L1 / L2
 constexpr int64_t kMostKeptGroup = 2;     // the next kept panels come up meanwhile, and have to fit beside them
 constexpr int64_t kKeptSteps = 1024;      // block of the reduction in kept panels
-constexpr int64_t kLine = 64;
+constexpr int64_t kTailShare = 8;         // of the steps, that a tail of the product's own tiles may have: it is one chain
+constexpr int64_t kLine = 64, kPage = 4096;
 #if defined(LORA_OPS_MULTIPLY_ADDS_PER_THREAD)  // tools/sanitize.py
 constexpr int64_t kPerThread = LORA_OPS_MULTIPLY_ADDS_PER_THREAD;
 #else
@@ -232,7 +233,7 @@ void Product::fetch_right(int64_t task, int64_t k0, int64_t call, int64_t calls,
   const int64_t col = first_panel(task) * k.panel(), columns = std::min(last_panel(task) * k.panel(), C) - col;
   const int64_t count = std::min(k_block, R - k0), element = size_of(right.dtype);
   const bool codes = quantized.codes;
-  ahead.panels = nullptr;
+  ahead.right = nullptr;
   if (codes ? transpose : right.row_stride == 1) {
     // Columns are rows of the weight, one behind the other: a stretch of them for each call, or the block's part of one row.
     const char* weight = codes ? reinterpret_cast<const char*>(quantized.codes) : right.at(0, 0);
@@ -240,15 +241,16 @@ void Product::fetch_right(int64_t task, int64_t k0, int64_t call, int64_t calls,
     const bool whole = count == R && (codes || right.col_stride == R);
     const int64_t share = whole ? ceil_div(columns * row, calls) : codes ? count / 2 : count * element;
     const int64_t begin = whole ? call * share : call * columns / calls * row + (codes ? k0 / 2 : k0 * element);
-    ahead.panels = weight + col * row + begin;
-    ahead.panels_step = ceil_div(share, steps);
-  } else if (!codes && right.col_stride == 1 && arithmetic.multiple == 1) {
-    // A line of a panel at each step, row after row: one or two of the last tiles' calls.
+    ahead.right = weight + col * row + begin;
+    ahead.right_step = ceil_div(share, steps);
+  } else if (!codes && right.col_stride == 1 && right.row_stride * element % kPage && arithmetic.multiple == 1) {
+    // A line of a panel at each step, row after row: one or two of the last tiles' calls. Not of rows whole pages apart, which
+    // share a few sets of L2.
     const int64_t panels_here = ceil_div(columns, k.panel()), nth = (calls - 1 - call) / panels_here;
     const int64_t line = nth / arithmetic.k_per_step * kLine;
     if (line >= k.panel() * element) return;
-    ahead.panels = right.at(k0 + nth % arithmetic.k_per_step, col + call % panels_here * k.panel()) + line;
-    ahead.panels_step = right.row_stride * element * arithmetic.k_per_step;
+    ahead.right = right.at(k0 + nth % arithmetic.k_per_step, col + call % panels_here * k.panel()) + line;
+    ahead.right_step = right.row_stride * element * arithmetic.k_per_step;
   }
 }
 
@@ -292,10 +294,12 @@ void Product::run(int64_t task, int64_t next, int thread) const {
     const int64_t panels_share = panels ? ceil_div(next_steps.vector * 2 * panels_here * 4, calls) : 0;
     Ahead ahead;
     ahead.left_step = ceil_div(left_share, block_steps.count);
-    ahead.panels_step = ceil_div(panels_share, block_steps.count);
-    if (panels_share) ahead.panels = reinterpret_cast<const char*>(kept(first_panel(next_task), next_k0));
+    ahead.right_step = ceil_div(panels_share, block_steps.count);
+    if (panels_share) ahead.right = reinterpret_cast<const char*>(kept(first_panel(next_task), next_k0));
 
-    const bool fetches_right = next_steps.count && !panels && !mixed;
+    const bool plain_tail = !mixed && !scale.tail_last && !tail_mask.words;
+    const bool tail_in_tile = k0 == 0 && plain_tail && arithmetic.tile_with_tail && tail->r <= R / kTailShare;
+    const bool fetches_right = next_steps.count && !panels;
     int64_t call = 0;
 
     for (int64_t t = tile0; t < tile1; ++t) {
@@ -315,15 +319,20 @@ void Product::run(int64_t task, int64_t next, int thread) const {
         float* c = of_tile + (p - p0) * result_stride;
         const float* panel = panels ? kept(p, k0) : packed + (p - p0) * 2 * vector_stride;
         const bool begun = k0 > 0 || !scale.tail_last;  // else the product itself begins c
-        if (k0 == 0 && begun && !mixed) start(t, p, p + 1, c, 0);
+        if (k0 == 0 && begun && !mixed && !tail_in_tile) start(t, p, p + 1, c, 0);
         if (last) fetch_out(t, p);
         if (mixed) mixed->fetch(pieces, block_steps.count, ahead);
         if (fetches_right) fetch_right(next_task, next_k0, call++, calls, block_steps.count, ahead);
-        arithmetic.tile(static_cast<int>(tiles.size(t)), 2, tile_left, panel, vector_stride, block_steps.count, c, begun,
-                        ahead);
+        const int rows = static_cast<int>(tiles.size(t));
+        if (tail_in_tile) {
+          arithmetic.tile_with_tail(rows, tail->steps(tail_left + t * tail->left_size(arithmetic.rows), p), tile_left, panel,
+                                    vector_stride, block_steps.count, c, ahead);
+        } else {
+          arithmetic.tile(rows, 2, tile_left, panel, vector_stride, block_steps.count, c, begun, ahead);
+        }
         if (last) finish(t, p, c);
         ahead.left += left_share;
-        ahead.panels += panels_share;
+        ahead.right += panels_share;
       }
     }
   }

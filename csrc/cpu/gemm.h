@@ -132,6 +132,8 @@ struct UpPanels {  // right (r, C)
   // Floats of the left operand of a tile of up to `rows` rows, [vector of rows][r][lanes], and where its row i begins.
   int64_t left_size(int rows) const { return ceil_div(rows, k.lanes) * r * k.lanes; }
   int64_t left_at(int64_t i) const { return i / k.lanes * r * k.lanes + i % k.lanes; }
+  // The same as steps of the product's own tile.
+  Tail steps(const float* left, int64_t panel) const { return {left, data + panel * r * k.panel(), r}; }
   // c (+)= left · columns of a panel
   void multiply(const float* left, int rows, int64_t panel, float* c, bool accumulate = false) const {
     const float* right = data + panel * r * k.panel();

@@ -37,17 +37,24 @@ struct Mask {
   }
 };
 
-// Memory that a tile brings to L2 as it goes, so many bytes further at each step, for whoever comes next: `panels`, or two
-// pieces elsewhere, in turn. Passed by reference: a copy of fields just written one by one waits until they are in L1.
+// Memory that a tile brings to L2 as it goes, so many bytes further at each step, for whoever comes next. Passed by reference:
+// a copy of fields just written one by one waits until they are in L1.
 struct Ahead {
-  const char* panels = nullptr;
-  const char* other = nullptr;
-  int64_t panels_step = 0;
+  const char* right = nullptr;  // of the right operand: kept panels, or the weight that will be packed
+  int64_t right_step = 0;
+  const char* pieces[2] = {};  // two pieces elsewhere, in turn
+  int64_t pieces_step = 0;
   const char* left = nullptr;  // for arithmetic that outruns the path from L3
   int64_t left_step = 0;
 };
-
 inline constexpr Ahead kNothingAhead = {};
+
+// More steps, in fp32, that a tile takes in the same accumulators: left [step][lanes], right [2][step][lanes].
+struct Tail {
+  const float* left;
+  const float* right;
+  int64_t steps;
+};
 
 // Most steps of a block of the reduction, panels of a group, and rows of M at a time (gemm.h). 0: what the caches suggest.
 struct Blocking {
@@ -72,6 +79,9 @@ struct Arithmetic {
   // c[i][j] (+)= Σ_step left[step][i] · panel[step][j], over one or two vectors of columns, vector_stride apart
   void (*tile)(int rows, int vectors, const float* left, const float* panel, int64_t vector_stride, int64_t steps, float* c,
                bool accumulate, const Ahead& ahead);
+  // c = the tail + Σ_step left[step][i] · panel[step][j], two vectors of columns; or null
+  void (*tile_with_tail)(int rows, const Tail& tail, const float* left, const float* panel, int64_t vector_stride,
+                         int64_t steps, float* c, const Ahead& ahead);
   // `iterations` steps of a whole tile on registers alone: the bench's 100 %
   float (*multiply_adds)(int64_t iterations);
   // A packed left tile of k as fp32's pack_left has it, where fp32's tiles have as many rows; or null. The tile itself is

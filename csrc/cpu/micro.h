@@ -57,14 +57,15 @@ struct InPlace {
 };
 
 template <class Op, int kTileRows, int kVectors, class Right>
-void tile_of(const float* left, Right right, int64_t steps, float* c, bool accumulate, const Ahead& ahead) {
+void tile_of(const Tail* tail, const float* left, Right right, int64_t steps, float* c, bool accumulate, const Ahead& ahead) {
   using T = typename V::T;
   const int64_t eighth = steps / 8 < kLongestChain ? steps / 8 : kLongestChain;
   const int64_t flush = eighth < V::kShortestChain ? V::kShortestChain : eighth;
   // Without anything ahead, what is near already costs a load slot, nothing else.
-  const char* fetched = ahead.panels ? ahead.panels : reinterpret_cast<const char*>(left);
-  const char* fetched_then = ahead.other ? ahead.other : fetched + ahead.panels_step;
-  const int64_t fetched_step = ahead.other ? ahead.panels_step : 2 * ahead.panels_step;
+  const char* const near = reinterpret_cast<const char*>(left);
+  const char* fetched = ahead.right ? ahead.right : near;
+  const char* piece = ahead.pieces[0] ? ahead.pieces[0] : near;
+  const char* piece_then = ahead.pieces[1] ? ahead.pieces[1] : near;
   do {
     const int64_t block = steps < flush ? steps : flush;
     T acc[kTileRows][kVectors];
@@ -78,9 +79,11 @@ void tile_of(const float* left, Right right, int64_t steps, float* c, bool accum
       for (int v = 0; v < kVectors; ++v) b[v] = right.load(v);
       __builtin_prefetch(left + kAhead * kLanes);
       __builtin_prefetch(fetched, 0, 2);
-      const char* const next = fetched + fetched_step;
-      fetched = fetched_then;
-      fetched_then = next;
+      fetched += ahead.right_step;
+      __builtin_prefetch(piece, 0, 2);
+      const char* const next = piece + ahead.pieces_step;
+      piece = piece_then;
+      piece_then = next;
 #pragma GCC unroll 16
       for (int i = 0; i < kTileRows; ++i) {
         const T a = V::broadcast(left + i);
@@ -89,6 +92,19 @@ void tile_of(const float* left, Right right, int64_t steps, float* c, bool accum
       }
       right.next();
       left += kLanes;
+    }
+    if (kVectors == 2 && tail) {  // behind the first chain: before it, each of its sums would be rounded at the tail's size
+      const float *tail_left = tail->left, *tail_right = tail->right;
+      for (int64_t s = 0; s < tail->steps; ++s, tail_left += kLanes, tail_right += kLanes) {
+        const T b[2] = {V::load(tail_right), V::load(tail_right + tail->steps * kLanes)};
+#pragma GCC unroll 16
+        for (int i = 0; i < kTileRows; ++i) {
+          const T a = V::broadcast(tail_left + i);
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) acc[i][v] = V::fma(a, b[v], acc[i][v]);
+        }
+      }
+      tail = nullptr;
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i)
@@ -110,8 +126,19 @@ void tile(int rows, int vectors, const float* left, const float* panel, int64_t 
       return tile<Op, kTileRows - 1>(rows, vectors, left, panel, vector_stride, steps, c, accumulate, ahead);
     }
     const Panel right{panel, vector_stride};
-    vectors == 1 ? tile_of<Op, kTileRows, 1>(left, right, steps, c, accumulate, ahead)
-                 : tile_of<Op, kTileRows, 2>(left, right, steps, c, accumulate, ahead);
+    vectors == 1 ? tile_of<Op, kTileRows, 1>(nullptr, left, right, steps, c, accumulate, ahead)
+                 : tile_of<Op, kTileRows, 2>(nullptr, left, right, steps, c, accumulate, ahead);
+  }
+}
+
+template <class Op, int kTileRows = V::kRows>
+void tile_with_tail(int rows, const Tail& tail, const float* left, const float* panel, int64_t vector_stride, int64_t steps,
+                    float* c, const Ahead& ahead) {
+  if constexpr (kTileRows > 0) {
+    if (rows != kTileRows) {
+      return tile_with_tail<Op, kTileRows - 1>(rows, tail, left, panel, vector_stride, steps, c, ahead);
+    }
+    tile_of<Op, kTileRows, 2>(&tail, left, Panel{panel, vector_stride}, steps, c, false, ahead);
   }
 }
 
@@ -130,7 +157,7 @@ void tile_in_place_as(int rows, const float* left, const Matrix& right, int64_t 
   if constexpr (kTileRows > 0) {
     if (rows != kTileRows) return tile_in_place_as<kType, kTileRows - 1>(rows, left, right, steps, c, accumulate);
     const InPlace<kType> rows_of{right.at(0, 0), right.row_stride * size_of(kType)};
-    tile_of<F32, kTileRows, 2>(left, rows_of, steps, c, accumulate, kNothingAhead);
+    tile_of<F32, kTileRows, 2>(nullptr, left, rows_of, steps, c, accumulate, kNothingAhead);
   }
 }
 
@@ -298,8 +325,18 @@ inline void dropout_mask(const Dropout& dropout, int64_t row, int64_t cols, uint
 #include "four_bit.h"
 #include "out_scale.h"
 
-constexpr Arithmetic kF32 = {
-    V::kRows, 1, 1, {}, nullptr, nullptr, pack_transposed, pack_transposed, pack_straight, tile<F32>, multiply_adds<F32>};
+constexpr Arithmetic kF32 = {V::kRows,
+                             1,
+                             1,
+                             {},
+                             nullptr,
+                             nullptr,
+                             pack_transposed,
+                             pack_transposed,
+                             pack_straight,
+                             tile<F32>,
+                             tile_with_tail<F32>,
+                             multiply_adds<F32>};
 
 constexpr Kernels table(const char* name, Arithmetic bf16) {
   return {name,

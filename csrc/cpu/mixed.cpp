@@ -72,13 +72,13 @@ MixedRows::Pieces MixedRows::pieces(int64_t tile, int64_t p0, int64_t p1) const 
 }
 
 void MixedRows::fetch(Pieces& pieces, int64_t steps, Ahead& ahead) const {
-  ahead.panels = ahead.other = nullptr;
+  ahead.pieces[0] = ahead.pieces[1] = nullptr;
   if (pieces.run == pieces.end) return;
   const Run* const other = next_alone(pieces.run + 1, pieces.end);
   const Matrix& B = pieces.run->adapter->lora_B;
-  ahead.panels = ahead.other = B.at(pieces.col, 0);
-  if (other < pieces.end) ahead.other = other->adapter->lora_B.at(pieces.col, 0);
-  ahead.panels_step = ceil_div(2 * pieces.cols * B.row_stride * size_of(B.dtype), steps);
+  ahead.pieces[0] = ahead.pieces[1] = B.at(pieces.col, 0);
+  if (other < pieces.end) ahead.pieces[1] = other->adapter->lora_B.at(pieces.col, 0);
+  ahead.pieces_step = ceil_div(2 * pieces.cols * B.row_stride * size_of(B.dtype), steps);
   pieces.run = other < pieces.end ? next_alone(other + 1, pieces.end) : pieces.end;
 }
 
