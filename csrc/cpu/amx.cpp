@@ -57,7 +57,7 @@ void end() {
   _tile_release();
 }
 
-void pack_left(const Matrix& src, int rows, int64_t k, Mask, float* out) {
+void pack_left(const Matrix& src, int rows, int64_t k, float* out) {
   const int64_t whole = k / 32 * 32, bytes = (k - whole) * 2;
   constexpr int64_t kBlock = 2 * kRegister;
   for (int i = 0; i < (rows <= kTileRows ? kTileRows : 2 * kTileRows); ++i) {

@@ -32,6 +32,11 @@ struct V {
   static T mul(T a, T b) { return _mm256_mul_ps(a, b); }
   static T fma(T a, T b, T c) { return _mm256_fmadd_ps(a, b, c); }
   static void pin(T& v) { asm("" : "+x"(v)); }
+  static T keep_bit(T v, const uint32_t* words, int bit) {
+    const __m256i on = _mm256_set1_epi32(static_cast<int>(1u << bit));
+    const __m256i kept = _mm256_and_si256(_mm256_load_si256(reinterpret_cast<const __m256i*>(words)), on);
+    return _mm256_blendv_ps(mul(v, zero()), v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(kept, on)));
+  }
   static T keep(T v, uint32_t bits) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i on = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);

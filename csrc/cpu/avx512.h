@@ -19,6 +19,10 @@ struct V {
   static T mul(T a, T b) { return _mm512_mul_ps(a, b); }
   static T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
   static void pin(T& v) { asm("" : "+v"(v)); }
+  static T keep_bit(T v, const uint32_t* words, int bit) {
+    const __mmask16 dropped = _mm512_testn_epi32_mask(_mm512_load_si512(words), _mm512_set1_epi32(1u << bit));
+    return _mm512_mask_mul_ps(v, dropped, v, zero());
+  }
   static T keep(T v, uint32_t bits) { return _mm512_mask_mul_ps(v, static_cast<__mmask16>(~bits), v, zero()); }
 
   static T load_bf16(const uint16_t* p) {

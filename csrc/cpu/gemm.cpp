@@ -61,7 +61,7 @@ void pack_right(const Kernels& k, const Arithmetic& arithmetic, const Matrix& ri
   }
   for (int v = 0; v < vectors; ++v, j += k.lanes) {
     const int cols = static_cast<int>(std::clamp<int64_t>(C - j, 0, k.lanes));
-    arithmetic.pack_transposed(transposed(from(right, k0, j)), cols, count, mask, out + v * vector_stride);
+    arithmetic.pack_transposed(transposed(from(right, k0, j)), cols, count, out + v * vector_stride);
   }
 }
 
@@ -81,7 +81,7 @@ void pack_quantized(const Kernels& k, const Arithmetic& arithmetic, const Quanti
           continue;
         }
         for (int i = 0; i < rows; ++i) k.decode(weight, j + i, k0 + s, here, type, decoded.at(i, 0), group_stride);
-        arithmetic.pack_transposed(decoded, rows, here, Mask{}, to);
+        arithmetic.pack_transposed(decoded, rows, here, to);
       }
     }
     return;
@@ -97,10 +97,10 @@ void pack_quantized(const Kernels& k, const Arithmetic& arithmetic, const Quanti
   }
 }
 
-void pack_left(const Kernels& k, const Arithmetic& arithmetic, const Matrix& left, int64_t M, int64_t i, int64_t R, Mask mask,
+void pack_left(const Kernels& k, const Arithmetic& arithmetic, const Matrix& left, int64_t M, int64_t i, int64_t R,
                float* out) {
   const int64_t rows = std::min(Steps::left_vectors(k, arithmetic) * k.lanes, M - i);
-  arithmetic.pack_left(from(left, i, 0), static_cast<int>(rows), R, mask, out);
+  arithmetic.pack_left(from(left, i, 0), static_cast<int>(rows), R, out);
 }
 
 void pack_kept(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t R, int64_t C, float* panels,

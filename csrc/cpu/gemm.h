@@ -73,7 +73,8 @@ constexpr int64_t padded_vector(int64_t floats) {
   return floats + 16;
 }
 
-// Packs `vectors` vectors of columns of right (R, C) from column j on, rows [k0, k0 + count).
+// Packs `vectors` vectors of columns of right (R, C) from column j on, rows [k0, k0 + count). `mask` is of rows that are
+// contiguous.
 void pack_right(const Kernels& k, const Arithmetic& arithmetic, const Matrix& right, int64_t C, int64_t j, int vectors,
                 int64_t k0, int64_t count, Mask mask, float* out, int64_t vector_stride);
 
@@ -91,8 +92,7 @@ void pack_kept(const Kernels& k, const Arithmetic& arithmetic, const Matrix& rig
 
 // Packs a tile of left (M, R) that begins at row i. Where M goes on behind the tile the vector is filled with what follows:
 // lanes beyond the tile's rows are never used, and a full vector packs fastest.
-void pack_left(const Kernels& k, const Arithmetic& arithmetic, const Matrix& left, int64_t M, int64_t i, int64_t R, Mask mask,
-               float* out);
+void pack_left(const Kernels& k, const Arithmetic& arithmetic, const Matrix& left, int64_t M, int64_t i, int64_t R, float* out);
 
 inline Matrix transposed(const Matrix& m) {
   return {m.data, m.col_stride, m.row_stride, m.dtype};

@@ -37,6 +37,10 @@ struct V {
   static T mul(T a, T b) { return a * b; }
   static T fma(T a, T b, T c) { return a * b + c; }
   static void pin(T&) {}
+  static T keep_bit(T v, const uint32_t* words, int bit) {
+    for (int i = 0; i < kLanes; ++i) v[i] = words[i] >> bit & 1u ? v[i] : v[i] * 0.;
+    return v;
+  }
   static T keep(T v, uint32_t bits) {
     for (int i = 0; i < kLanes; ++i) v[i] = bits >> i & 1u ? v[i] : v[i] * 0.;
     return v;

@@ -71,9 +71,9 @@ struct Arithmetic {
   void (*begin)();
   void (*end)();
   // left: `rows` <= lanes · ceil(this->rows / lanes) rows, contiguous along the reduction
-  void (*pack_left)(const Matrix& src, int rows, int64_t k, Mask mask, float* out);
+  void (*pack_left)(const Matrix& src, int rows, int64_t k, float* out);
   // out[step][i] = src[i][step]: `rows` <= lanes rows, contiguous along the reduction; beyond them, zero
-  void (*pack_transposed)(const Matrix& src, int rows, int64_t k, Mask mask, float* out);
+  void (*pack_transposed)(const Matrix& src, int rows, int64_t k, float* out);
   // out[v * vector_stride + step * lanes + j] = src[step][v * lanes + j]: `cols` columns, contiguous; beyond them, zero
   void (*pack_straight)(const Matrix& src, int64_t cols, int64_t k, Mask mask, float* out, int vectors, int64_t vector_stride);
   // c[i][j] (+)= Σ_step left[step][i] · panel[step][j], over one or two vectors of columns, vector_stride apart
@@ -143,6 +143,8 @@ struct Kernels {
   void (*store_tile)(const float* c, int rows, int cols, const Matrix& bias, const Matrix& y);
   // c[i][j] (+)= y[i][j]
   void (*load_tile)(const Matrix& y, int rows, int cols, float* c);
+  // tile[step][i] = 0 where element (i, step) of fp32's packed left tile is dropped
+  void (*mask_left)(float* tile, int rows, int64_t k, Mask mask);
   // c[i][j] = 0 where element (i, j) is dropped
   void (*mask_tile)(float* c, int rows, Mask mask);
   // c[i][j] *= scale[j], a panel's columns

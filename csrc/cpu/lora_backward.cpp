@@ -250,7 +250,7 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
       const Matrix dy = from(p.dy, row0 + first, 0);
       const int64_t follow = p.M - row0 - first, together = std::min(follow, dz_rows);
       if (product.left || !mixed) {
-        pack_left(k, arithmetic, out_scale && !widened ? scaled(dy, together, thread) : dy, together, 0, p.N, Mask{}, tile);
+        pack_left(k, arithmetic, out_scale && !widened ? scaled(dy, together, thread) : dy, together, 0, p.N, tile);
       }
       if (mixed) return rows_of->down(t, p, own + thread * own_size, tail_left, mixed_dS);
       each_f32_tile(k, rows, [&](int64_t i, int rows_there) {
@@ -259,7 +259,7 @@ void backward_blocks(const LoraBackward& p, const Kernels& k) {
           if (widened) {
             arithmetic.widen_left(left + t * steps.left, p.N, out_scale, tile);
           } else {
-            pack_left(k, k.f32, dy, follow, i, p.N, Mask{}, tile);
+            pack_left(k, k.f32, dy, follow, i, p.N, tile);
           }
         }
         dS(tile, first + i, rows_there, tail_left + t * a.left_size(arithmetic.rows) + a.left_at(i), thread);

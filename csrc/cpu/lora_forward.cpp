@@ -100,22 +100,20 @@ void forward_blocks(const LoraForward& p, const Kernels& k) {
       const int rows = static_cast<int>(product.tiles.size(t));
       const int64_t row = blocks.start(m) + product.tiles.start(t);
       float* tile = left + t * steps.left;
-      if (product.left || !own_tile) pack_left(k, arithmetic, p.x, p.M, row, p.K, Mask{}, tile);
+      if (product.left || !own_tile) pack_left(k, arithmetic, p.x, p.M, row, p.K, tile);
       if (mixed) return rows_of->down(t, p, own + thread * own_size, tail_left);
       each_f32_tile(k, rows, [&](int64_t first, int rows_here) {
         if (own_tile) {
           tile = own + thread * own_size;
-          Mask mask;
-          if (p.dropout.threshold) {
-            uint32_t* bits = reinterpret_cast<uint32_t*>(tile + p.K * k.lanes);
-            const int64_t drawn = std::min<int64_t>(k.lanes, p.M - row - first);  // as many as pack_left takes
-            for (int i = 0; i < drawn; ++i) k.dropout_mask(p.dropout, row + first + i, p.K, bits + i * words);
-            mask = Mask{bits, words};
-          }
-          if (product.left && arithmetic.widen_left && !mask.words) {
+          if (product.left && arithmetic.widen_left) {
             arithmetic.widen_left(left + t * steps.left, p.K, nullptr, tile);
           } else {
-            pack_left(k, k.f32, p.x, p.M, row + first, p.K, mask, tile);
+            pack_left(k, k.f32, p.x, p.M, row + first, p.K, tile);
+          }
+          if (p.dropout.threshold) {
+            uint32_t* bits = reinterpret_cast<uint32_t*>(tile + p.K * k.lanes);
+            for (int i = 0; i < rows_here; ++i) k.dropout_mask(p.dropout, row + first + i, p.K, bits + i * words);
+            k.mask_left(tile, rows_here, p.K, Mask{bits, words});
           }
         }
         float* tail = tail_left + t * b.left_size(arithmetic.rows) + b.left_at(first);

@@ -2,7 +2,8 @@
 // and its own namespace (no include guard: that is the point), after defining
 //
 //     struct V { T, kLanes, kRows, kShortestChain; zero load store broadcast add fma; pin (to a register);
-//                keep (lanes whose bit is set); load_bf16 load_f16 store_bf16 store_f16;
+//                keep (lanes whose bit is set), keep_bit (lanes in whose word that bit is set);
+//                load_bf16 load_f16 store_bf16 store_f16;
 //                load_transposed (kLanes x kLanes dwords); sums (lane i of the result: all lanes of vector i added up);
 //                kPairs, and if so split (dwords of two bf16 into even and odd elements);
 //                kFewRows, kFetchedFrom (see dots.h);
@@ -174,10 +175,10 @@ typename V::T load_part(const void* row, int64_t i, int64_t count) {
 }
 
 template <DType kType>
-void pack_transposed_as(const Matrix& src, int rows, int64_t k, Mask mask, float* out) {
+void pack_transposed_as(const Matrix& src, int rows, int64_t k, float* out) {
   const char* row = src.at(0, 0);
   const int64_t stride = src.row_stride * size_of(kType);
-  const bool whole = rows == kLanes && !mask.words;
+  const bool whole = rows == kLanes;
   typename V::T v[kLanes];
   int64_t k0 = 0;
   if (kType == DType::f32 && whole) {
@@ -204,8 +205,7 @@ void pack_transposed_as(const Matrix& src, int rows, int64_t k, Mask mask, float
   for (; k0 < k; k0 += kLanes) {  // whatever needs more than a transposition goes through a widened copy
     const int64_t count = k - k0 < kLanes ? k - k0 : kLanes;
     for (int i = 0; i < rows; ++i) {
-      const auto x = count == kLanes ? load_as<kType>(row + i * stride, k0) : load_part<kType>(row + i * stride, k0, count);
-      V::store(wide[i], mask.words ? V::keep(x, mask.bits(i, k0)) : x);
+      V::store(wide[i], count == kLanes ? load_as<kType>(row + i * stride, k0) : load_part<kType>(row + i * stride, k0, count));
     }
     V::load_transposed(reinterpret_cast<const char*>(wide), sizeof wide[0], v);
     for (int j = 0; j < count; ++j) V::store(out + (k0 + j) * kLanes, v[j]);
@@ -216,13 +216,14 @@ template <DType kType>
 void pack_straight_as(const Matrix& src, int64_t cols, int64_t k, Mask mask, float* out, int vectors, int64_t vector_stride) {
   const char* row = src.at(0, 0);
   const int64_t stride = src.row_stride * size_of(kType);
-  const bool whole = cols == int64_t{vectors} * kLanes && !mask.words;
+  const bool whole = cols == int64_t{vectors} * kLanes;
   for (int64_t s = 0; s < k; ++s, row += stride, out += kLanes) {
     if (whole) {
       const char* fetched = row + kFetchedRows * stride;
       for (int v = 0; v < vectors; ++v) {
+        const auto x = load_as<kType>(row, v * kLanes);
         __builtin_prefetch(fetched + v * kLanes * size_of(kType), 0, 2);
-        V::store(out + v * vector_stride, load_as<kType>(row, v * kLanes));
+        V::store(out + v * vector_stride, mask.words ? V::keep(x, mask.bits(s, v * kLanes)) : x);
       }
       continue;
     }
@@ -235,8 +236,8 @@ void pack_straight_as(const Matrix& src, int64_t cols, int64_t k, Mask mask, flo
   }
 }
 
-inline void pack_transposed(const Matrix& src, int rows, int64_t k, Mask mask, float* out) {
-  LORA_OPS_BY_DTYPE(src.dtype, pack_transposed_as, src, rows, k, mask, out)
+inline void pack_transposed(const Matrix& src, int rows, int64_t k, float* out) {
+  LORA_OPS_BY_DTYPE(src.dtype, pack_transposed_as, src, rows, k, out)
 }
 
 inline void pack_straight(const Matrix& src, int64_t cols, int64_t k, Mask mask, float* out, int vectors,
@@ -281,6 +282,14 @@ inline void load_tile(const Matrix& y, int rows, int cols, float* c) {
   for (int i = 0; i < rows; ++i, c += kPanel) {
     widen_row(Matrix{y.at(i, 0), 0, 1, y.dtype}, cols, Mask{}, wide);
     for (int j = 0; j < kPanel; j += kLanes) V::store(c + j, V::add(V::load(c + j), V::load(wide + j)));
+  }
+}
+
+inline void mask_left(float* tile, int rows, int64_t k, Mask mask) {
+  for (int64_t k0 = 0; k0 < k; k0 += 32, tile += 32 * kLanes) {
+    alignas(64) uint32_t words[kLanes] = {};
+    for (int i = 0; i < rows; ++i) words[i] = mask.bits(i, k0);
+    for (int j = 0; j < 32 && k0 + j < k; ++j) V::store(tile + j * kLanes, V::keep_bit(V::load(tile + j * kLanes), words, j));
   }
 }
 
@@ -355,6 +364,7 @@ constexpr Kernels table(const char* name, Arithmetic bf16) {
           tile_in_place,
           store_tile,
           load_tile,
+          mask_left,
           mask_tile,
           scale_tile,
           scale_row,

@@ -177,7 +177,7 @@ void MixedRows::down(int64_t tile, const LoraBackward& p, float* own, float* tai
       const int64_t steps = std::min(kDownSteps, p.N - n0);
       for (int i = 0; i < lanes; ++i)  // whole vectors pack fastest: lanes beyond the run's rows are never used
         std::memcpy(gathered.at(i, 0), p.dy.at(first + run.at[std::min(i, run.rows - 1)], n0), steps * size_of(p.dy.dtype));
-      k_.f32.pack_left(gathered, lanes, steps, Mask{}, left);
+      k_.f32.pack_left(gathered, lanes, steps, left);
       pack_right(k_, k_.f32, from(a.lora_B, n0, 0), a.r, 0, static_cast<int>(2 * ceil_div(a.r, panel)), 0, steps, Mask{}, right,
                  steps * lanes);
       for (int64_t j = 0; j < a.r; j += panel)

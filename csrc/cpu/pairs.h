@@ -8,7 +8,7 @@ constexpr int64_t padded_pairs(int64_t k) {
 }
 
 template <int kMultiple>
-void pack_pairs_transposed(const Matrix& src, int rows, int64_t k, Mask, float* out) {
+void pack_pairs_transposed(const Matrix& src, int rows, int64_t k, float* out) {
   const int64_t pairs = padded_pairs<kMultiple>(k);
   __m512 v[16];
   for (int64_t p0 = 0; p0 < pairs; p0 += 16, out += 16 * 16) {

@@ -39,7 +39,7 @@ struct Strips {
   void pack_x(int64_t task) const {
     const int64_t row = task * k.lanes;
     const int rows = static_cast<int>(std::min<int64_t>(k.lanes, p.M - row));
-    k.bf16.pack_transposed(from(p.x, row, 0), rows, p.K, Mask{}, x_panels + task * steps.vector);
+    k.bf16.pack_transposed(from(p.x, row, 0), rows, p.K, x_panels + task * steps.vector);
   }
 
   // The products of all of x with rows [row, row + rows) of the weight.
