@@ -36,13 +36,16 @@ class MeanGradient:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.total: Tensor | None = None
+        self.kept: Tensor | None = None  # one place for all batches: new ones in between would leave the heap in pieces
 
     def update(self, G: Tensor) -> None:
         self.total = G if self.total is None else G.add_(self.total)
 
     def rest(self) -> None:
         assert self.total is not None
-        self.total = self.total.to(self.dtype)
+        if self.kept is None:
+            self.kept = torch.empty_like(self.total, dtype=self.dtype)
+        self.total = self.kept.copy_(self.total)
 
 
 class Fisher:
