@@ -7,6 +7,7 @@ import weakref
 import peft
 import pytest
 import torch
+from compare import assert_within_bound, error
 from initialised import F64, linear, nearness, same_up_to_signs
 from peft.tuners.lora.loraga import preprocess_loraga
 from tiny_models import llama, tokens
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import lora_ops
 from lora_ops import LoraConfig, lora_layers
 from lora_ops.init import initialize, lora_ga, lora_ga_peft
+from lora_ops.init.calibrate import gather_gradients
 from lora_ops.init.statistics import MeanGradient
 
 R = 4
@@ -230,6 +232,28 @@ def test_the_matrices_that_it_cannot_start_from() -> None:
                 init(W, 2, 1.0, **options)
     with pytest.raises(ValueError, match=r"r must be at most min\(N, K\) / 2 = 3"):
         lora_ga(W, 4, 1.0, G=W)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gathered_gradients_are_the_weight_s_own(dtype: torch.dtype) -> None:
+    """Over two batches, the sum between them in the weight's dtype."""
+    torch.manual_seed(0)
+    layer, data = nn.Linear(48, 33).to(dtype), [torch.randn(2, 20, 48).to(dtype) for _ in range(2)]
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().sum() / 64
+
+    def own(model: nn.Module, dtype: torch.dtype) -> Tensor:
+        for x in data:
+            loss(model, x.to(dtype)).backward()
+        return model.weight.grad
+
+    eager, exact = own(copy.deepcopy(layer), dtype), own(copy.deepcopy(layer).double(), F64)
+    gathered = {"layer": MeanGradient(dtype)}
+    gather_gradients(layer.requires_grad_(False), {"layer": layer}, data, gathered, lambda name: None, loss)
+    G = gathered["layer"].total
+    assert G.dtype == torch.float32
+    assert_within_bound({"G": error(G.to(dtype), eager, exact)})
 
 
 def test_a_gradient_is_gone_before_the_next_one_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
